@@ -1,0 +1,183 @@
+"""Checkpoints: complete, atomic, verified. A checkpoint is a folder that appears under its name only once it is whole and on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowrl.policies.sd3 import Sd3Policy
+from flowrl.tracking import explain_full_disk
+from flowrl.types import UserError
+
+__all__ = ["find_checkpoints", "load_checkpoint", "load_policy", "model_identity", "random_state", "restore_random_state", "save_checkpoint"]
+
+_LOGGER = logging.getLogger(__name__)
+_FORMAT = 1
+
+
+def random_state() -> dict[str, Any]:
+    """State of every global generator of this process. flowrl draws from its own seeds; user rewards may not."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo `random_state`."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, identity: dict[str, Any], keep: int) -> Path:
+    """Write ``checkpoints/step_<iteration>`` and remove all but the last ``keep``.
+
+    Args:
+        state: what `load_checkpoint` gives back: tensors and plain Python values.
+        identity: facts that a run must share with a checkpoint to resume from it.
+    Raises:
+        UserError: the disk is full; what was there before is untouched.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step_{iteration:06d}"
+    temporary = folder / f".{final.name}.partial"
+    with explain_full_disk(run_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+        try:
+            temporary.mkdir()
+            _write(temporary / "state.pt", state)
+            facts = {"format": _FORMAT, "iteration": iteration, "identity": identity, "sha256": _digest(temporary / "state.pt")}
+            (temporary / "checkpoint.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            _sync(temporary / "checkpoint.json")
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            _sync(folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    for old in find_checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch reports a failed write as RuntimeError; the cause decides
+        if isinstance(error.__cause__, OSError) or isinstance(error.__context__, OSError):
+            cause = error.__cause__ or error.__context__
+            assert isinstance(cause, OSError)
+            raise cause from error
+        if shutil.disk_usage(path.parent).free < 1 << 20:
+            import errno
+
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete-looking checkpoints of a run, newest first."""
+    return sorted((run_dir / "checkpoints").glob("step_[0-9]*"), reverse=True)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(facts, state).
+
+    Raises:
+        ValueError: the checkpoint is damaged; the message says how.
+    """
+    try:
+        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        if facts["format"] != _FORMAT:
+            raise ValueError(f"has format {facts['format']}, this version of flowrl reads {_FORMAT}")
+        if _digest(folder / "state.pt") != facts["sha256"]:
+            raise ValueError("is truncated or damaged (checksum differs)")
+        return facts, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"is incomplete ({type(error).__name__}: {error})") from error
+
+
+def load_checkpoint(run_dir: Path, identity: dict[str, Any], *, which: str = "last") -> tuple[int, dict[str, Any]] | None:
+    """The newest usable checkpoint (or the one of an iteration), or None when the run has none yet. Damaged ones are skipped with a warning.
+
+    Raises:
+        UserError: every checkpoint is damaged, the asked one is, or one belongs to another model.
+    """
+    found = find_checkpoints(run_dir)
+    if which != "last":
+        found = [f for f in found if f.name == f"step_{int(which):06d}"] if which.isdigit() else []
+        if not found:
+            have = ", ".join(str(int(f.name.removeprefix("step_"))) for f in reversed(find_checkpoints(run_dir))) or "none"
+            raise UserError(f"{run_dir} has no checkpoint {which}; it has: {have}")
+    for folder in found:
+        try:
+            facts, state = _read(folder)
+        except ValueError as error:
+            _LOGGER.warning("checkpoint %s %s; trying the one before", folder, error)
+            continue
+        for key, value in identity.items():
+            if facts["identity"].get(key) != value:
+                raise UserError(f"checkpoint {folder} belongs to another run: {key} is {facts['identity'].get(key)}, this run has {value}")
+        return int(facts["iteration"]), state
+    if found:
+        raise UserError(f"no checkpoint of {run_dir} can be read; start again in a new run directory")
+    return None
+
+
+def model_identity(policy: Sd3Policy) -> dict[str, Any]:
+    """What a checkpoint's weights must fit: the adapter and the names and shapes of the trainable parameters."""
+    shapes = [f"{name}{tuple(p.shape)}" for name, p in policy.transformer.named_parameters() if p.requires_grad]
+    return {"model": policy.config.path, "adapter": policy.config.adapter, "parameters": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]}
+
+
+def load_policy(run_dir: Path, policy: Sd3Policy, which: str = "last") -> int:
+    """Put a run's tuned weights (the average, when the run keeps one) into a policy, and say of which iteration they are.
+
+    Raises:
+        UserError: there is no usable checkpoint.
+    """
+    loaded = load_checkpoint(run_dir, model_identity(policy), which=which)
+    if loaded is None:
+        raise UserError(f"{run_dir} has no checkpoint yet; train it first")
+    iteration, state = loaded
+    weights = state["parameters"] if state["ema"] is None else state["ema"]["average"]
+    for parameter, value in zip(policy.trainable(), weights, strict=True):
+        parameter.data.copy_(value)
+    return iteration

@@ -1,0 +1,363 @@
+"""The command line. Every command is a thin layer over a function of the package, and imports what is heavy only when it runs.
+
+Exit codes: 0 done; 1 a failure of the program or the machine; 2 a mistake in what the user gave, one line each on stderr; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowrl import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flowrl.config import Config
+
+__all__ = ["main"]
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only some of its exceptions
+
+
+def _examples(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
+
+
+app = typer.Typer(
+    name="flowrl",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_examples(
+        "flowrl train configs/tiny_flow_grpo.yaml run_dir=runs/first",
+        "flowrl report runs/first",
+        "flowrl sample --run runs/first 'a red circle above a blue square'",
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None = those of the process.
+    Returns:
+        The exit code. A failure that is a bug of ours is raised, so that its traceback is shown.
+    """
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="flowrl", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped", code=130)
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        message = " ".join(error.format_message().split()) if hasattr(error, "format_message") else str(error)
+        return _fail(f"{message.rstrip('.')} (see {context.command_path if context else 'flowrl'} --help)")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"no space left on the disk ({error.filename or 'while writing'}); free some and run the command again", code=1)
+        from flowrl.types import UserError
+
+        if isinstance(error, UserError):
+            return _fail(str(error))
+        raise
+
+
+def _fail(message: str, code: int = 2) -> int:
+    for line in message.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    return code
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flowrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def flowrl(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Fine-tune image generators with reinforcement learning."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    from flowrl.config import Config
+    from flowrl.mistakes import leaf_keys
+
+    return [f"{key}=" for key in leaf_keys(Config) if key.startswith(incomplete)]
+
+
+def _complete_method(incomplete: str) -> list[str]:
+    from flowrl.config import list_methods
+
+    return [name for name in list_methods() if name.startswith(incomplete)]
+
+
+def _complete_reward(incomplete: str) -> list[str]:
+    from rewards.registry import REWARDS
+
+    return [name for name in REWARDS if name.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, values in YAML.", autocompletion=_complete_override),
+]
+
+
+@app.command(
+    epilog=_examples(
+        "flowrl train configs/tiny_flow_grpo.yaml",
+        "flowrl train configs/tiny_flow_grpo.yaml run_dir=runs/b seed=1 rollout.num_steps=8 'rewards={scene: 1.0}'",
+        "flowrl train --resume runs/b training.iterations=400",
+        "accelerate launch --num_processes 2 -m flowrl.cli train configs/tiny_flow_grpo.yaml",
+    )
+)
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A run's YAML file. With --resume: the run's own by default.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Continue this run directory from its last good checkpoint, bit for bit.")
+    ] = None,
+) -> None:
+    """Fine-tune a model. Everything about the run is written to its run directory.
+
+    Ctrl-C finishes the step, saves a checkpoint and exits with code 130.
+    """
+    from flowrl.types import UserError
+
+    settings = list(overrides or [])
+    if config is not None and "=" in str(config) and not config.exists():
+        settings.insert(0, str(config))
+        config = None
+    if config is None and resume is None:
+        raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (see flowrl train --help)")
+    run_config = _run_config(resume, config, settings) if resume else _load(config or Path(), settings)
+    from flowrl.trainer import train as run_training
+
+    try:
+        run = run_training(run_config, resume)
+    except KeyboardInterrupt:
+        saved = any(Path(run_config.run_dir, "checkpoints").glob("step_*"))
+        then = f"continue with: flowrl train --resume {run_config.run_dir}" if saved else "before the first checkpoint"
+        raise typer.Exit(_fail(f"stopped; {then}", code=130)) from None
+    if os.environ.get("RANK", "0") == "0":  # one voice under accelerate launch
+        from flowrl.tracking import read_records
+
+        _print_evaluations(read_records(run / "evals.jsonl")[0])
+        typer.echo(f"run:  {run}\nnext: flowrl report {run}")
+
+
+@app.command(
+    epilog=_examples(
+        "flowrl sample 'a red circle' 'a blue square' --out pictures",
+        "flowrl sample --run runs/first --prompts flowrl:tiny-sd3/unseen --images-per-prompt 4",
+    )
+)
+def sample(
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="A .txt or .jsonl file of prompts, or an embedded set.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="Use the tuned weights of this run directory.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last, or a number of iterations.")] = "last",
+    model: Annotated[str | None, typer.Option(help="Base model.", show_default="the run's, or flowrl:tiny-sd3")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PNG files go; must be new or empty.")] = Path("samples"),
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the run's, or 20")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=1, help="1 = off.", show_default="the run's, or 1")] = None,
+    images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw pictures with a base model or with a run's tuned weights."""
+    from flowrl.config import EvaluationConfig, ModelConfig
+    from flowrl.data import load_prompts
+    from flowrl.types import UserError
+
+    every_text = list(texts or []) + ([prompt.text for prompt in load_prompts(prompts)] if prompts else [])
+    if not every_text:
+        raise UserError("give a PROMPT or --prompts FILE (see flowrl sample --help)")
+    config = _run_config(run) if run else None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; choose another --out")
+    from flowrl.sampling import sample_to_folder
+
+    defaults = config.evaluation if config else EvaluationConfig()
+    files = sample_to_folder(
+        model or (config.model.path if config else ModelConfig().path),
+        every_text,
+        out,
+        run,
+        checkpoint,
+        num_steps or defaults.num_steps,
+        guidance_scale or defaults.guidance_scale,
+        seed,
+        images_per_prompt,
+    )
+    typer.echo(f"{len(files)} pictures in {out}")
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "flowrl eval runs/first",
+        "flowrl eval runs/first --reward scene_strict --reward jpeg_compressibility --split unseen --num-images 1024",
+        "flowrl eval configs/tiny_flow_grpo.yaml --guidance-scale 1 --guidance-scale 3",
+    ),
+)
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or a config to evaluate its base model.")],
+    rewards: Annotated[
+        list[str] | None,
+        typer.Option("--reward", "-r", help="Repeatable.", show_default="the run's evaluation rewards", autocompletion=_complete_reward),
+    ] = None,
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", "-s", help="Prompt set, repeatable.", show_default="all of data.eval")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", "-n", min=2, help="Per prompt set.", show_default="final_num_images")
+    ] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the run's")] = None,
+    guidance_scales: Annotated[
+        list[float] | None, typer.Option("--guidance-scale", "-g", min=1, help="Repeatable, 1 = off.", show_default="the run's")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same pictures.", show_default="the run's")] = None,
+    checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last, or a number of iterations.")] = "last",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a table.")] = False,
+) -> None:
+    """Score a run's base model and its checkpoint on the same prompts and seeds, with 95 % confidence intervals."""
+    from flowrl.mistakes import did_you_mean
+    from flowrl.types import UserError
+
+    run = target if target.is_dir() else None
+    config = _run_config(target) if run else _load(target, [])
+    for split in splits or []:
+        if split not in config.data.eval:
+            raise UserError(f"--split {split}: no such prompt set; {did_you_mean(split, config.data.eval)}")
+    from flowrl.evaluation import evaluate_run
+
+    settings = config.evaluation
+    rows = evaluate_run(
+        run,
+        None if run else config,
+        list(rewards or []),
+        num_images or settings.final_num_images,
+        num_steps or settings.num_steps,
+        list(guidance_scales or [settings.guidance_scale]),
+        list(splits or config.data.eval),
+        settings.seed if seed is None else seed,
+        checkpoint,
+    )
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    else:
+        _print_evaluations(rows)
+
+
+@app.command(epilog=_examples("flowrl report runs/first"))
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")]) -> None:
+    """Write RUN/report.html, one file with all curves and the pictures before and after, and print its path."""
+    from flowrl.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command(epilog=_examples("flowrl methods", "flowrl methods flow_grpo"))
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_method, show_default=False)] = None,
+) -> None:
+    """List the training methods, or show one: its paper, its defaults, and where ours differs."""
+    from omegaconf import OmegaConf
+
+    from flowrl.config import list_methods
+    from flowrl.mistakes import did_you_mean
+    from flowrl.types import UserError
+
+    known = list_methods()
+    if name is None:
+        _print_table(("method", "what it does"), [(key, method.summary) for key, method in known.items()])
+        return
+    if name not in known:
+        raise UserError(f"unknown method {name}; {did_you_mean(name, known)}")
+    method = known[name]
+    lines = [f"{name}: {method.summary}", method.paper]
+    for title, notes in (("Checked against the source", method.verified), ("Where ours differs", method.deviations)):
+        lines += ["", f"{title}:", *(f"- {note}" for note in notes)]
+    typer.echo("\n".join([*lines, "", "Defaults:", OmegaConf.to_yaml(OmegaConf.create(method.config)).rstrip()]))
+
+
+@app.command("rewards", epilog=_examples("flowrl rewards"))
+def list_all_rewards() -> None:
+    """List the rewards that a config can name. Your own: `module:attribute`."""
+    from rewards.registry import list_rewards
+
+    _print_table(("reward", "range", "what it scores"), [(r.name, f"{r.low:g} .. {r.high:g}", r.description) for r in list_rewards()])
+
+
+def _load(path: Path, overrides: Sequence[str]) -> Config:
+    from flowrl.config import load_config
+
+    return load_config(path, overrides)
+
+
+def _run_config(run: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The config of an existing run directory, also when it has been moved since."""
+    from flowrl.types import UserError
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run directory: it has no config.yaml")
+    loaded = _load(config or run / "config.yaml", overrides)
+    return loaded if Path(loaded.run_dir).resolve() == run.resolve() else loaded.model_copy(update={"run_dir": str(run)})
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers_from: int | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if numbers_from is None or index < numbers_from else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _print_evaluations(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Base beside tuned for every prompt set, reward and guidance scale; `*` where the 95 % confidence intervals do not overlap."""
+    pairs: dict[tuple[str, str, float], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:  # a later row replaces an earlier one, so of many evaluations the last remains
+        policy = "base" if row["iteration"] == 0 else row["policy"]
+        pairs.setdefault((row["split"], row["reward"], row["guidance_scale"]), {})[policy] = row
+
+    def interval(row: Mapping[str, Any] | None) -> str:
+        return "-" if row is None or row["mean"] is None else f"{row['mean']:.3f} ± {row['ci95'] or 0:.3f}"
+
+    lines = []
+    for (split, reward, guidance_scale), pair in pairs.items():
+        base, tuned = pair.get("base"), pair.get("tuned")
+        change = "-"
+        if base and tuned and None not in (base["mean"], tuned["mean"]):
+            difference = tuned["mean"] - base["mean"]
+            apart = abs(difference) > (base["ci95"] or 0) + (tuned["ci95"] or 0)
+            change = f"{difference:+.3f}{'*' if apart else ' '}"
+        count = (tuned or base or {}).get("n", "")
+        lines.append((split, reward, f"{guidance_scale:g}", interval(base), interval(tuned), change, str(count)))
+    _print_table(("prompts", "reward", "CFG", "base", "tuned", "change", "images"), lines, numbers_from=2)
+    typer.echo("mean ± half of the 95 % confidence interval; * = the intervals of base and tuned do not overlap")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

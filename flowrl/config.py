@@ -1,0 +1,404 @@
+"""The schema of a run and its loader. Unknown keys are errors with the nearest known name; every message says what to do."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from flowrl.mistakes import DISAGREEMENT, did_you_mean, explain
+from flowrl.types import UserError
+
+__all__ = ["Config", "Method", "dump_config", "list_methods", "load_config"]
+
+_METHODS = Path(__file__).parent / "methods"
+_OPEN_MAPPINGS = ("rewards", "data.eval")  # the user names the keys, so an override replaces them instead of adding to them
+_NOT_A_RUN = "not a run: write keys with values, such as `run_dir: runs/first`"
+
+
+def _only_numbers(kind: Literal["int_type", "float_type"]) -> Callable[[Any], Any]:
+    """pydantic would take true for 1 and "7" for 7; in a config these are mistakes."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool | str):
+            raise PydanticKnownError(kind)
+        return value
+
+    return check
+
+
+Int = Annotated[int, BeforeValidator(_only_numbers("int_type"))]
+PositiveInt = Annotated[Int, Field(ge=1)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+Float = Annotated[float, BeforeValidator(_only_numbers("float_type")), Field(allow_inf_nan=False)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _reward_entries(value: Any) -> Any:
+    """`scene`, `[scene, jpeg]`, `{scene: 1.0}` and `{scene: {weight: 1.0, args: {}}}` all become a list of mappings with a `name`."""
+    if isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
+        value = [value]
+    if isinstance(value, Mapping):
+        value = [{"name": name, **spec} if isinstance(spec, Mapping) else {"name": name, "weight": spec} for name, spec in value.items()]
+    if isinstance(value, list | tuple):
+        value = [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class LoraConfig(_Section):
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 64.0
+    targets: tuple[str, ...] | None = Field(None, description="module name endings; null = the family's attention projections")
+
+
+class ModelConfig(_Section):
+    path: Text = Field("flowrl:tiny-sd3", description="flowrl:tiny-sd3, a folder that diffusers can load, or a hub id")
+    family: Literal["sd3"] = "sd3"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    adapter: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    height: PositiveInt | None = Field(None, description="pixels; null = the model's own size")
+    width: PositiveInt | None = None
+    max_sequence_length: NonNegativeInt | None = Field(
+        None, description="T5 tokens appended to a prompt; null = 256, or 0 for the embedded model"
+    )
+    gradient_checkpointing: Flag = False
+
+
+class DataConfig(_Section):
+    train: Text = Field("flowrl:tiny-sd3/train", description="prompts: a .txt file (one a line) or .jsonl with a `prompt` key and metadata")
+    eval: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Text] = Field(
+        default_factory=lambda: {"train": "flowrl:tiny-sd3/train", "eval": "flowrl:tiny-sd3/eval", "unseen": "flowrl:tiny-sd3/unseen"},
+        min_length=1,
+        description="name -> prompts file, each evaluated and plotted separately",
+    )
+
+
+class RewardConfig(_Section):
+    name: Text = Field(description="a registered reward, or module:attribute")
+    weight: Float = 1.0
+    args: dict[str, Any] = {}
+
+
+class WindowConfig(_Section):
+    size: PositiveInt = 2
+    low: NonNegativeInt = 0
+    high: PositiveInt | None = Field(None, description="the window lies in steps low..high-1; null = half of the steps")
+
+
+class RolloutConfig(_Section):
+    plan: Literal["chain", "window"] = "chain"
+    num_steps: PositiveInt = 10
+    grid: Literal["shifted", "diffusers", "flux"] = Field("shifted", description="sigma grid, see samplers/schedules.py")
+    shift: PositiveFloat | None = Field(None, description="null = the scheduler's own shift")
+    kernel: Literal["flow_sde"] = "flow_sde"
+    noise_level: PositiveFloat = 0.7
+    train_fraction: Annotated[Float, Field(gt=0, le=1)] = Field(
+        0.99, description="chain: share of the steps that are stochastic and trained, from the noisy end"
+    )
+    window: WindowConfig = WindowConfig()
+    same_noise: Flag = Field(False, description="True: the images of a group share their start noise")
+    groups_per_iteration: PositiveInt = 16
+    group_size: Annotated[Int, Field(ge=2)] = 16
+    guidance_scale: Annotated[Float, Field(ge=1)] = Field(1.0, description="classifier-free guidance; 1 = off (conditional branch only)")
+    log_prob_reduction: Literal["mean", "sum"] = Field("mean", description="over latent elements; published clip ranges mean `mean`")
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _something_to_compare(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool) and value < 2:
+            message = "{value} is too small, a group needs at least 2 samples to compare"
+            raise PydanticCustomError("group_too_small", message, {"value": value})
+        return value
+
+    @property
+    def window_high(self) -> int:
+        """The window lies in steps ``window.low .. window_high - 1``."""
+        return self.num_steps // 2 if self.window.high is None else self.window.high
+
+
+class AdvantageConfig(_Section):
+    name: Literal["group_zscore", "global_std", "group_mean"] = "global_std"
+    ddof: Literal[0, 1] = 0
+    eps: PositiveFloat = 1e-4
+    clip: PositiveFloat = 5.0
+
+
+class ObjectiveConfig(_Section):
+    name: Literal["clipped_surrogate"] = "clipped_surrogate"
+    clip_low: PositiveFloat = 1e-4
+    clip_high: PositiveFloat = 1e-4
+    reduction: Literal["mean", "group_mean"] = "mean"
+    updates_per_iteration: PositiveInt = 2
+    inner_epochs: PositiveInt = 1
+
+
+class KLConfig(_Section):
+    weight: NonNegativeFloat = 0.0
+    form: Literal["fg_code", "exact_mean", "v_mse", "x_mse"] = "fg_code"
+
+
+class OptimizerConfig(_Section):
+    learning_rate: PositiveFloat = 3e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 1e-4
+    warmup_updates: NonNegativeInt = 0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class EmaConfig(_Section):
+    decay: Decay = 0.9
+    every: PositiveInt = 8
+    warmup: Flag = True
+
+
+class TrainingConfig(_Section):
+    iterations: PositiveInt = 100
+    rows_per_forward: PositiveInt = Field(256, description="network rows in one rollout forward; bounded by memory only")
+    rows_per_backward: PositiveInt = Field(256, description="network rows in one training forward+backward; bounded by memory only")
+    checkpoint_every: PositiveInt = 25
+    keep_checkpoints: PositiveInt = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class EvaluationConfig(_Section):
+    every: PositiveInt = Field(25, description="iterations between evaluations; the first and the last are always made")
+    num_images: PositiveInt = Field(128, description="images per prompt set during training")
+    final_num_images: PositiveInt = Field(512, description="images per prompt set in the evaluations before and after training")
+    num_steps: PositiveInt = 20
+    guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
+    compare_guidance_scales: tuple[Annotated[Float, Field(ge=1)], ...] = Field(
+        (), description="further guidance scales of the first and last evaluation"
+    )
+    rewards: tuple[RewardConfig, ...] = Field((), description="empty = the training rewards")
+    grid_images: NonNegativeInt = 16
+    seed: NonNegativeInt = 1234
+
+    _shorthand = field_validator("rewards", mode="before")(_reward_entries)
+
+
+class LoggingConfig(_Section):
+    tensorboard: Flag = True
+    wandb_project: Text | None = None
+
+
+class Config(_Section):
+    """A complete, resolved run."""
+
+    method: Text = "flow_grpo"
+    run_dir: Text = Field(description="the folder that the run makes, for example runs/first")
+    seed: NonNegativeInt = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="at least one reward, for example [scene]")
+    rollout: RolloutConfig = RolloutConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    kl: KLConfig = KLConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig | None = EmaConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    _shorthand = field_validator("rewards", mode="before")(_reward_entries)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if lines := list(_disagreements(self)):
+            raise PydanticCustomError(DISAGREEMENT, "{lines}", {"lines": lines})
+        return self
+
+
+def _disagreements(config: Config) -> Iterator[str]:
+    """One line for every pair of values that are fine alone and impossible together."""
+    rollout, window = config.rollout, config.rollout.window
+    if rollout.num_steps < 2:
+        yield "rollout.num_steps: 1 leaves nothing to train, the last step is never stochastic; use at least 2"
+    elif rollout.plan == "chain" and int(rollout.train_fraction * rollout.num_steps) < 1:
+        yield (
+            f"rollout.train_fraction: {rollout.train_fraction} of {rollout.num_steps} steps is less than one step; "
+            f"use at least {math.ceil(1000 / rollout.num_steps) / 1000}"
+        )
+    elif rollout.plan == "window":
+        high = rollout.window_high
+        if high > rollout.num_steps - 1:
+            yield (
+                f"rollout.window.high: {high} is too large for {rollout.num_steps} steps, of which the last is never stochastic; "
+                f"use at most {rollout.num_steps - 1}"
+            )
+        elif window.low >= high:
+            yield f"rollout.window.low: {window.low} leaves no step below window.high = {high}; use at most {high - 1}"
+        elif window.size > high - window.low:
+            yield (
+                f"rollout.window.size: {window.size} does not fit into the {high - window.low} steps {window.low}..{high - 1}; "
+                f"use a smaller size or a larger window.high (at most {rollout.num_steps - 1})"
+            )
+    images = rollout.groups_per_iteration * rollout.group_size
+    if config.objective.updates_per_iteration > images:
+        yield (
+            f"objective.updates_per_iteration: {config.objective.updates_per_iteration} is more than the {images} images of an iteration "
+            "(groups_per_iteration x group_size)"
+        )
+    for guidance_scale, name in ((rollout.guidance_scale, "rollout"), (config.evaluation.guidance_scale, "evaluation")):
+        if guidance_scale > 1 and config.training.rows_per_forward < 2:
+            yield f"training.rows_per_forward: with {name}.guidance_scale > 1 every image takes 2 rows; use at least 2"
+    if (config.model.height is None) != (config.model.width is None):
+        yield "model.height and model.width: give both or neither"
+    for where, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+        keys = [(reward.name, sorted(reward.args.items(), key=str)) for reward in rewards]
+        for name in sorted({key[0] for key in keys if keys.count(key) > 1}):
+            yield f"{where}: {name} is listed twice; keep one and set its weight"
+    if all(reward.weight == 0 for reward in config.rewards):
+        yield "rewards: every weight is 0, nothing would be learned; give at least one reward another weight"
+
+
+class Method(_Section):
+    """A method file: a named choice of the parts of a run, where it comes from and where ours differs."""
+
+    summary: Text
+    paper: Text
+    verified: tuple[Text, ...]
+    deviations: tuple[Text, ...]
+    config: dict[str, dict[str, Any] | None] = Field(description="default sections, merged underneath the user's file")
+
+
+@cache
+def list_methods() -> dict[str, Method]:
+    """All methods that ship with flowrl, name -> contents, in alphabetical order."""
+    files = sorted(_METHODS.glob("*.yaml"))
+    return {file.stem: Method.model_validate(OmegaConf.to_container(OmegaConf.load(file))) for file in files}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's YAML file, put the defaults of its method underneath and the overrides on top, and check everything.
+
+    Args:
+        path: a YAML file; OmegaConf interpolations such as ``${oc.env:HOME}`` are resolved.
+        overrides: ``key=value`` with dotted keys and YAML values: ``rollout.num_steps=6``, ``ema=null``, ``rewards=[scene, jpeg]``.
+            A mapping is merged into a section and replaces `rewards` and `data.eval`.
+
+    Raises:
+        UserError: the file cannot be read or is not YAML, an override is malformed, or the run is invalid; then with one line per mistake.
+    """
+    user = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(user, override)
+    lines: list[str] = []
+    name = user.get("method", Config.model_fields["method"].default)
+    methods = list_methods()
+    if isinstance(name, str) and name and name not in methods:
+        lines.append(f"method: unknown method {name}; {did_you_mean(name, methods)}")
+    merged = _merge(methods[name].config, user) if isinstance(name, str) and name in methods else user
+    try:
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or path}: {_first_line(error)}") from error
+    try:
+        config = Config.model_validate(resolved)
+    except ValidationError as error:
+        lines += explain(error, Config, resolved)
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The whole run as YAML; ``load_config`` of it gives an equal Config."""
+
+    def escape(value: Any) -> Any:
+        if isinstance(value, str):  # a literal "${" must not come back as an interpolation
+            return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+        if isinstance(value, dict):
+            return {key: escape(item) for key, item in value.items()}
+        return [escape(item) for item in value] if isinstance(value, list) else value
+
+    return OmegaConf.to_yaml(OmegaConf.create(escape(config.model_dump(mode="json"))))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"config {path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: is not UTF-8 text") from error
+    try:
+        loaded = OmegaConf.load(io.StringIO(text))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"config {path}: not valid YAML ({_what_yaml_said(error)})") from error
+    except OSError as error:  # how OmegaConf says that the whole file is one number
+        raise UserError(f"config {path}: {_NOT_A_RUN}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"config {path}: {_NOT_A_RUN}")
+    plain: Any = OmegaConf.to_container(loaded, resolve=False)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _apply_override(config: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place; sections on the way are made, list entries must exist."""
+    key, equals, text = override.partition("=")
+    parts = re.sub(r"\[(\w+)\]", r".\1", key.strip()).split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: write key=value, for example rollout.num_steps=6")
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML ({_what_yaml_said(error)})") from error
+    node: Any = config
+    for depth, part in enumerate(parts):
+        place: Any = part
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                raise UserError(
+                    f"override {override!r}: {'.'.join(parts[:depth])} is a list; name an entry by its number, 0 to {len(node) - 1}"
+                )
+            place = int(part)
+        old = node[place] if isinstance(node, list) else node.get(place)
+        if depth == len(parts) - 1:
+            replace = ".".join(parts) in _OPEN_MAPPINGS
+            value = parsed["value"]
+            node[place] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and not replace else value
+        elif not isinstance(old, dict | list):
+            node[place] = {}
+        node = node[place]
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _what_yaml_said(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        return f"{line}{error.problem or error.context}"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,193 @@
+"""Evaluation: fixed prompts and fixed start noise, ODE samples, rewards with 95 % confidence intervals.
+
+Image i of a prompt set always has prompt i mod (number of prompts) and the same start noise, whatever the policy, batch size and number of
+processes; so two evaluations differ by the policy only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+
+from flowrl.checkpoint import load_policy
+from flowrl.config import Config, RewardConfig, RolloutConfig, load_config
+from flowrl.data import load_prompts
+from flowrl.policies.sd3 import Sd3Policy
+from flowrl.seeds import generator
+from flowrl.statistics import mean_ci95
+from flowrl.tracking import replace_file
+from flowrl.types import Prompt, SampleBatch, UserError
+from rewards.composite import WeightedRewards
+from rewards.registry import load_reward
+from samplers.rollout import sample_ode
+from samplers.schedules import sigma_grid
+
+__all__ = ["Evaluation", "Evaluator", "build_rewards", "evaluate_run", "grid_of", "save_grid", "sigmas_of"]
+
+_PAD = 2
+
+
+def build_rewards(entries: Sequence[RewardConfig]) -> WeightedRewards:
+    """Rewards by name or import string, with their weights; loaded on the CPU.
+
+    Raises:
+        UserError: a reward is unknown, cannot be imported, or does not take its arguments.
+    """
+    rewards = WeightedRewards([(entry.name, entry.weight, load_reward(entry.name, entry.args)) for entry in entries])
+    rewards.load(torch.device("cpu"), torch.float32)
+    return rewards
+
+
+def sigmas_of(rollout: RolloutConfig, num_steps: int, policy: Sd3Policy) -> tuple[float, ...]:
+    """The sigma grid of a run for this many steps."""
+    return sigma_grid(rollout.grid, num_steps, policy.scheduler_shift if rollout.shift is None else rollout.shift)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of one prompt set.
+
+    Attributes:
+        prompts: length n. scores: reward -> [n] float32, NaN where invalid. images: the first few, [k, 3, H, W] in [0, 1].
+    """
+
+    prompts: Sequence[Prompt]
+    scores: Mapping[str, Tensor]
+    images: Tensor
+
+    def summary(self, num_prompts: int) -> dict[str, tuple[float, float, int]]:
+        """Reward -> (mean, half width of the 95 % interval clustered by prompt, number of valid images)."""
+        out = {}
+        for name, values in self.scores.items():
+            valid = torch.isfinite(values)
+            clusters = (torch.arange(len(values)) % num_prompts)[valid]
+            if not len(clusters):
+                raise UserError(f"reward {name} could not score any image of the evaluation")
+            out[name] = (*mean_ci95(values[valid], clusters), int(valid.sum()))
+        return out
+
+
+class Evaluator:
+    """Samples prompt sets with a policy and scores them; on several processes each takes a share."""
+
+    def __init__(
+        self, policy: Sd3Policy, splits: Mapping[str, Sequence[Prompt]], rewards: WeightedRewards, *, sigmas: Sequence[float], seed: int, accelerator: Accelerator
+    ) -> None:
+        self.policy, self.splits, self.rewards, self.sigmas, self.seed, self.accelerator = policy, splits, rewards, sigmas, seed, accelerator
+
+    def __call__(self, split: str, num_images: int, guidance_scale: float, grid_images: int) -> Evaluation:
+        """Evaluate ``num_images`` images of a prompt set; the same result on every process."""
+        prompts = [self.splits[split][i % len(self.splits[split])] for i in range(num_images)]
+        mine = list(range(self.accelerator.process_index, num_images, self.accelerator.num_processes))
+        found: list[tuple[int, dict[str, float], Tensor | None]] = []
+        velocity = self.policy.velocity(guidance_scale)
+        size = self.policy.rows_per_forward
+        for start in range(0, len(mine), size):
+            chunk = mine[start : start + size]
+            noise = torch.stack([torch.randn(self.policy.latent_shape, generator=generator("eval", self.seed, split, i)) for i in chunk])
+            texts = [prompts[i].text for i in chunk]
+            latents = sample_ode(velocity, noise.to(self.policy.device), self.sigmas, self.policy.prompt_rows(texts))
+            images = self.policy.decode(latents)
+            scores = self.rewards.score(SampleBatch([prompts[i] for i in chunk], images=images))
+            if len(self.rewards.names) == 1:
+                scores.pop("total")
+            values = {name: torch.where(s.valid, s.values, torch.nan).tolist() for name, s in scores.items()}
+            for j, i in enumerate(chunk):
+                found.append((i, {name: column[j] for name, column in values.items()}, images[j] if i < grid_images else None))
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        found.sort(key=lambda item: item[0])
+        scores_by_name = {name: torch.tensor([row[1][name] for row in found]) for name in found[0][1]}
+        pictures = [row[2] for row in found if row[2] is not None]
+        return Evaluation(prompts, scores_by_name, torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1))
+
+
+def grid_of(images: Tensor, columns: int) -> Image.Image:
+    """Images [B, 3, H, W] in [0, 1] side by side, ``columns`` in a row, 2 white pixels apart."""
+    b, _, h, w = images.shape
+    rows = -(-b // columns)
+    canvas = np.full((rows * (h + _PAD) + _PAD, columns * (w + _PAD) + _PAD, 3), 255, dtype=np.uint8)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for i in range(b):
+        y, x = _PAD + (i // columns) * (h + _PAD), _PAD + (i % columns) * (w + _PAD)
+        canvas[y : y + h, x : x + w] = pixels[i]
+    return Image.fromarray(canvas)
+
+
+def save_grid(folder: Path, split: str, evaluation: Evaluation) -> None:
+    """Write ``<split>.png`` and ``<split>.json`` (prompts, scores and geometry) of an evaluation's kept images."""
+    import io
+
+    count = len(evaluation.images)
+    if not count:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = min(4, count)
+    png = io.BytesIO()
+    grid_of(evaluation.images, columns).save(png, format="PNG")
+    replace_file(folder / f"{split}.png", png.getvalue())
+    facts = {
+        "prompts": [p.text for p in evaluation.prompts[:count]],
+        "scores": {name: [round(float(v), 6) for v in values[:count]] for name, values in evaluation.scores.items()},
+        "columns": columns,
+        "tile": evaluation.images.shape[-1],
+        "pad": _PAD,
+    }
+    replace_file(folder / f"{split}.json", (json.dumps(facts) + "\n").encode())
+
+
+def evaluate_run(
+    run: Path | None,
+    config: Config | None,
+    rewards: list[str],
+    num_images: int,
+    num_steps: int | None,
+    guidance_scales: list[float],
+    splits: list[str],
+    seed: int,
+    checkpoint: str = "last",
+) -> list[dict[str, object]]:
+    """Score the base model, and a run's checkpoint when one is given, on the same prompts and start noise.
+
+    Args:
+        run: a run directory; None = only the base model of ``config``.
+        rewards: names or import strings; empty = the config's evaluation rewards.
+        checkpoint: ``last`` or an iteration number.
+    Returns:
+        rows as in evals.jsonl.
+    Raises:
+        UserError: neither run nor config, an unknown split, no usable checkpoint.
+    """
+    if config is None:
+        if run is None:
+            raise UserError("give a run directory or a config to evaluate")
+        config = load_config(run / "config.yaml")
+    entries = [RewardConfig(name=name) for name in rewards] or list(config.evaluation.rewards or config.rewards)
+    missing = [s for s in splits if s not in config.data.eval]
+    if missing:
+        raise UserError(f"no prompt set is called {missing[0]}; the config has {', '.join(config.data.eval)}")
+    prompts = {name: load_prompts(config.data.eval[name]) for name in (splits or config.data.eval)}
+    scorer = build_rewards(entries)
+    rows: list[dict[str, object]] = []
+    accelerator = Accelerator(cpu=config.training.device == "cpu")
+    policy = Sd3Policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
+    sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
+    evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)
+    for name in ("base", "tuned") if run is not None else ("base",):
+        iteration = load_policy(run, policy, checkpoint) if name == "tuned" and run is not None else 0
+        for split in prompts:
+            for scale in guidance_scales or [config.evaluation.guidance_scale]:
+                evaluation = evaluator(split, num_images, scale, 0)
+                for reward, (mean, ci95, n) in evaluation.summary(len(prompts[split])).items():
+                    row = {"iteration": iteration, "split": split, "policy": name, "guidance_scale": scale, "reward": reward}
+                    rows.append({**row, "mean": mean, "ci95": ci95, "n": n})
+    return rows

@@ -1,0 +1,1 @@
+"""Likelihoods: (policy, decisions) -> log-probabilities. One signature, whatever a decision is."""

@@ -1,0 +1,1 @@
+"""Policies: the only place where diffusers and transformers live."""

@@ -1,0 +1,47 @@
+"""LoRA adapters through peft, placed as Flow-GRPO places them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from flowrl.config import LoraConfig
+from flowrl.types import UserError
+
+__all__ = ["SD3_TARGETS", "add_lora", "lora_state_dict"]
+
+SD3_TARGETS = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+
+
+def add_lora(transformer: Any, config: LoraConfig) -> None:
+    """Add one trainable float32 adapter, Gaussian A and zero B, so that the network's output does not change at first.
+
+    Raises:
+        UserError: no module's name ends with any of ``config.targets``.
+    """
+    targets = list(config.targets or SD3_TARGETS)
+    try:
+        transformer.add_adapter(PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, init_lora_weights="gaussian", target_modules=targets))
+    except ValueError as error:
+        raise UserError(f"model.lora.targets: {', '.join(targets)} match no module of the transformer ({str(error).splitlines()[0]})") from error
+    cast_training_params(transformer, dtype=torch.float32)
+
+
+def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights under peft's names."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(transformer)
+    return state

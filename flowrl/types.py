@@ -1,0 +1,173 @@
+"""The nouns of flowrl: plain data that every other module passes around. Imports torch only.
+
+Letters: B samples (leaves), G group size, P groups, N tree nodes, E edges, S decisions in a sequence, L... latent axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Decisions",
+    "Objective",
+    "Prompt",
+    "Reward",
+    "RewardInfo",
+    "Rollout",
+    "SampleBatch",
+    "Scores",
+    "UserError",
+    "Velocity",
+]
+
+
+class UserError(Exception):
+    """A mistake in the user's input: shown as one line, without a traceback, with exit code 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text prompt and the facts about it that a reward may read."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """Decoded outputs to be scored, in the order of their prompts.
+
+    Attributes:
+        prompts: length B.
+        images: [B, 3, H, W] float32 in [0, 1] on the CPU, or None for text.
+        texts: length B, or None for images.
+        group: [B] int64; equal numbers share a prompt. None when samples are unrelated.
+    """
+
+    prompts: Sequence[Prompt]
+    images: Tensor | None = None
+    texts: Sequence[str] | None = None
+    group: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a reward says of a batch.
+
+    Attributes:
+        values: [B] float32, higher is better. Where ``valid`` is False the value is NaN and must not be used.
+        valid: [B] bool; False where a sample could not be scored.
+        raw: further columns worth logging, each [B].
+    """
+
+    values: Tensor
+    valid: Tensor
+    raw: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInfo:
+    """Static facts about a reward, readable without loading its weights."""
+
+    name: str
+    description: str
+    low: float
+    high: float
+    source: str = ""
+    weights_license: str = ""
+    scope: Literal["sample", "pair", "group"] = "sample"
+    differentiable: bool = False
+    batch_size: int = 64
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Anything that scores samples. ``load`` is called once before the first ``score``."""
+
+    info: RewardInfo
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None: ...
+
+    def score(self, batch: SampleBatch) -> Scores: ...
+
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [R, L...], sigma [R], prompt_row [R] int64) -> velocity [R, L...], the model's estimate of noise - clean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A forest of denoising trees: nodes are latents, edges are steps, leaves are clean latents.
+
+    Only nodes that touch a trained edge keep their latents. A *row* is a node whose velocity training needs; siblings share it.
+
+    Attributes:
+        leaves: [B, L...] float32, final latents, ordered group by group.
+        leaf_group: [B] int64, group number of each leaf, in 0..P-1.
+        row_x: [R, L...] float32, the latent of each training row.
+        row_sigma: [R] float64.
+        row_group: [R] int64.
+        edge_row: [E] int64, the row (parent node) each trained edge starts from.
+        edge_x_next: [E, L...] float32, the sampled next latent.
+        edge_sigma, edge_sigma_next, edge_sigma_guard: [E] float64.
+        edge_noise_level: [E] float64, the kernel's noise parameter.
+        edge_step: [E] int64, index of the step in the sigma grid.
+        edge_old_log_prob: [E] float32, under the policy that sampled.
+        leaf_edge: [M, 2] int64 pairs (edge, a leaf below it): how leaf rewards reach edges. A chain edge has one pair.
+        kernel: name of the transition kernel of the trained edges.
+        forward_rows: network rows evaluated while sampling (one row = one latent, CFG counts twice).
+    """
+
+    leaves: Tensor
+    leaf_group: Tensor
+    row_x: Tensor
+    row_sigma: Tensor
+    row_group: Tensor
+    edge_row: Tensor
+    edge_x_next: Tensor
+    edge_sigma: Tensor
+    edge_sigma_next: Tensor
+    edge_sigma_guard: Tensor
+    edge_noise_level: Tensor
+    edge_step: Tensor
+    edge_old_log_prob: Tensor
+    leaf_edge: Tensor
+    kernel: str
+    forward_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What an objective sees: B sequences of S random decisions. A tree edge is a sequence with S = 1.
+
+    Attributes:
+        log_prob: [B, S] float32, under the policy being trained; carries the gradient.
+        old_log_prob: [B, S] float32, under the policy that sampled.
+        advantages: [B, S] float32.
+        mask: [B, S] bool, True where the decision counts.
+    """
+
+    log_prob: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("old_log_prob", "advantages", "mask"):
+            if getattr(self, name).shape != self.log_prob.shape:
+                raise ValueError(f"Decisions.{name} has shape {tuple(getattr(self, name).shape)}, log_prob {tuple(self.log_prob.shape)}")
+
+
+class Objective(NamedTuple):
+    """Per-decision losses [B, S] (minimise; not yet reduced) and per-decision diagnostics, detached, each [B, S]."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]

@@ -1,0 +1,190 @@
+"""Scene reward: does a picture of the embedded world show what its caption asks for? In the manner of GenEval, but exact and in microseconds.
+
+Detection is a matched filter: every pixel gets a soft membership in each palette colour, and each colour's map is compared with each shape's
+template by soft intersection over union (IoU) at every position. Local maxima are candidate objects. A caption's objects are assigned to candidates
+by the best of all assignments, so the score does not depend on any order.
+
+graded, in [0, 1]: every quantity enters through a smooth margin, so small improvements of a picture always raise the score a little.
+strict, 0 or 1: exactly the asked objects, in the asked relation, and nothing else.
+
+Source: the idea is GenEval's (arXiv:2310.11513: detect, then check objects, counts, colours, positions); detector, margins and weights are ours.
+Letters: B images, C = 4 colours, S = 3 shapes, N = 6 candidates, K = 3 requested objects.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
+from rewards.scene_world import BACKGROUND, COLORS, PALETTE, SHAPES, Scene, parse_caption, shape_coverage
+
+__all__ = ["SceneReward", "detect", "score_scenes"]
+
+_PATCH = 15  # pixels, odd; a template with the empty ring around it
+_PAD = 2  # centres are looked for from pixel 5 to pixel 26: nearer to the edge no whole object fits
+_NUM_CANDIDATES = 6
+_COLOR_SOFTNESS = 0.010  # squared RGB distance
+_OBJECT_IOU, _OBJECT_SOFTNESS = 0.55, 0.04
+_SHAPE_SOFTNESS = 0.025  # IoU difference between shapes
+_RELATION_SOFTNESS = 1.5  # pixels
+
+
+@cache
+def _templates() -> Tensor:
+    """[S, 1, 15, 15] coverage of each shape, centred on the middle pixel."""
+    axis = torch.arange(_PATCH) - _PATCH // 2 + 0.0
+    dy, dx = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([shape_coverage(dx, dy, k) for k in range(len(SHAPES))])[:, None]
+
+
+@cache
+def _assignments() -> Tensor:
+    """[A, K] every ordered choice of K of the N candidates."""
+    return torch.tensor(list(itertools.permutations(range(_NUM_CANDIDATES), 3)))
+
+
+def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find candidate objects.
+
+    Args:
+        images: [B, 3, 32, 32] float in [0, 1].
+    Returns:
+        presence [B, N] in [0, 1], colour [B, N] int64, shape probabilities [B, N, S], centres [B, N, 2] (x right, y down, pixels).
+    """
+    b, _, h, w = images.shape
+    colors = torch.cat([PALETTE, BACKGROUND[None]]).to(images)
+    flat = images.flatten(2).transpose(1, 2)  # [B, HW, 3]
+    distance = flat.square().sum(-1, keepdim=True) - 2 * flat @ colors.T + colors.square().sum(-1)
+    member = torch.softmax(-distance / (2 * _COLOR_SOFTNESS), dim=-1)[..., :-1].transpose(1, 2).reshape(b * len(COLORS), 1, h, w)
+
+    template = _templates().to(images)
+    filters = torch.cat([template, torch.ones_like(template[:1])])
+    found = F.conv2d(member, filters, padding=_PAD)  # [BC, S + 1, H', W']: overlap with each shape, and the mass in the patch
+    overlap, mass = found[:, :-1], found[:, -1:]
+    iou = overlap / (mass + template.sum((1, 2, 3))[None, :, None, None] - overlap)
+    h, w = iou.shape[-2:]
+    best = iou.amax(1).view(b, len(COLORS), h, w)
+    # the strongest response within a radius of 5 pixels, over all colours, is an object; weaker ones in its shadow are not
+    peak = F.max_pool2d(best.amax(1, keepdim=True), (1, 11), stride=1, padding=(0, 5))
+    peak = F.max_pool2d(peak, (11, 1), stride=1, padding=(5, 0))
+    response = torch.where(best == peak, best, torch.zeros((), device=best.device, dtype=best.dtype))
+    value, index = response.flatten(1).topk(_NUM_CANDIDATES, dim=1)
+    color = index // (h * w)
+    place = index % (h * w)
+    per_shape = iou.view(b, len(COLORS), len(SHAPES), h * w)
+    rows = torch.arange(b, device=images.device)[:, None]
+    shape_iou = per_shape[rows, color, :, place]  # [B, N, S]
+    presence = torch.sigmoid((value - _OBJECT_IOU) / _OBJECT_SOFTNESS) * (value > 0)
+    shape = torch.softmax(shape_iou / _SHAPE_SOFTNESS, dim=-1)
+    centres = torch.stack([place % w, place // w], dim=-1) + (0.5 + _PATCH // 2 - _PAD)
+    return presence, color, shape, centres
+
+
+def _encode(scenes: list[Scene], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    table = [[(c, s) for c, s in scene.kinds] + [(0, 0)] * (3 - len(scene.kinds)) for scene in scenes]
+    kinds = torch.tensor(table, device=device)
+    count = torch.tensor([len(scene.kinds) for scene in scenes], device=device)
+    relation = torch.tensor([-1 if scene.relation is None else scene.relation for scene in scenes], device=device)
+    return kinds[..., 0], kinds[..., 1], count, relation
+
+
+def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    """Score pictures against the scenes they should show.
+
+    Each requested object is worth ``presence * (0.1 + 0.2 colour + 0.2 shape + 0.5 colour * shape)``; a relation takes 0.4 of the score and
+    counts as far as both of its objects do; every object too many divides the score by (1 + 0.5 presence).
+
+    Args:
+        images: [B, 3, 32, 32] float in [0, 1].
+        scenes: length B.
+    Returns:
+        graded [B] float32 in [0, 1] and strict [B] float32, 0 or 1.
+    """
+    presence, color, shape, centres = detect(images)
+    want_color, want_shape, count, relation = _encode(scenes, images.device)
+    b, k = want_color.shape
+    same_color = (color[:, :, None] == want_color[:, None]).to(images.dtype)  # [B, N, K]
+    same_shape = torch.gather(shape, 2, want_shape[:, None].expand(b, _NUM_CANDIDATES, k))
+    match = presence[:, :, None] * (0.1 + 0.2 * same_color + 0.2 * same_shape + 0.5 * same_color * same_shape)
+    used = torch.arange(k, device=images.device)[None] < count[:, None]  # [B, K]
+
+    choice = _assignments().to(images.device)  # [A, K]
+    slot = torch.arange(k, device=images.device)
+    picked = match[:, choice, slot] * used[:, None]  # [B, A, K]
+    objects = picked.sum(-1) / count[:, None]
+
+    first, second = centres[:, choice[:, 0]], centres[:, choice[:, 1]]  # [B, A, 2]
+    delta = first - second
+    horizontal = (relation < 2)[:, None]
+    sign = torch.where(relation % 2 == 0, -1.0, 1.0).to(images.dtype)[:, None]
+    along = torch.where(horizontal, delta[..., 0], delta[..., 1]) * sign
+    across = torch.where(horizontal, delta[..., 1], delta[..., 0]).abs()
+    holds = torch.sigmoid((along - across) / _RELATION_SOFTNESS)
+    both = picked[..., 0] * picked[..., 1]
+    related = (relation >= 0)[:, None]
+    quality = torch.where(related, 0.6 * objects + 0.4 * both * holds, objects)
+    chosen = torch.stack([presence[:, choice[:, j]] * used[:, None, j] for j in range(k)]).sum(0)
+    extra = (presence.sum(1, keepdim=True) - chosen).clamp_min(0)
+    graded = (quality / (1 + 0.5 * extra)).amax(1)
+
+    exact = (presence > 0.5)[:, :, None] & (same_color > 0) & (shape.argmax(-1)[:, :, None] == want_shape[:, None])
+    all_found = (exact[:, choice, slot] | ~used[:, None]).all(-1)
+    right_place = ~related | (along > across)
+    nothing_else = ((presence > 0.5).sum(1) == count)[:, None]
+    strict = (all_found & right_place & nothing_else).any(1)
+    return graded.float(), strict.float()
+
+
+@cache
+def _parse(text: str) -> Scene:
+    return parse_caption(text)
+
+
+def _scene(prompt: Prompt) -> Scene:
+    try:
+        return _parse(prompt.text)
+    except ValueError as error:
+        raise UserError(f"reward scene: {error}") from error
+
+
+class SceneReward:
+    """How well pictures of the embedded world show their captions. See the module's text.
+
+    Args:
+        form: "graded" in [0, 1] for training, "strict" 0 or 1 for evaluation.
+    """
+
+    def __init__(self, form: Literal["graded", "strict"] = "graded") -> None:
+        if form not in ("graded", "strict"):
+            raise UserError(f"reward scene: form must be graded or strict, not {form!r}")
+        self.form = form
+        self.info = RewardInfo(
+            name="scene" if form == "graded" else "scene_strict",
+            description=f"{form} check of objects, colours, counts and relations in the embedded world",
+            low=0.0,
+            high=1.0,
+            source="GenEval-like (arXiv:2310.11513), programmatic",
+            batch_size=512,
+        )
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Nothing to load: there are no weights."""
+
+    def score(self, batch: SampleBatch) -> Scores:
+        """Scores in [0, 1] for pictures [B, 3, 32, 32] float in [0, 1].
+
+        Raises:
+            UserError: the pictures have another size or a caption is outside the grammar.
+        """
+        if batch.images is None or batch.images.shape[1:] != (3, 32, 32):
+            shape = None if batch.images is None else tuple(batch.images.shape[1:])
+            raise UserError(f"reward scene: needs pictures of 3 x 32 x 32 from the embedded model, got {shape}; use another reward for this model")
+        graded, strict = score_scenes(batch.images.float(), [_scene(p) for p in batch.prompts])
+        values = graded if self.form == "graded" else strict
+        return Scores(values, torch.isfinite(values), {"strict": strict} if self.form == "graded" else {})
