@@ -534,7 +534,7 @@ def _tiles_of_numbers(run: _Run, tables: Sequence[Mapping[str, Any]]) -> list[tu
     tiles.append(("Iterations", _thousands(run.iteration), f"of {total}" + ("" if run.iteration == total else ", not finished")))
     tiles.append(("Wall-clock", _duration(elapsed[-1]) if run.timings else "–", "" if run.timings else "not recorded"))
     tiles.append(("Images", _thousands(images[-1]) if images else "–", "sampled and scored"))
-    tiles.append(("NFE", _thousands(run.total("nfe/used")) if images else "–", f"{forward} forward, {backward} backward"))
+    tiles.append(("NFE", _thousands(run.total("nfe/used")) if run.metrics else "–", f"{forward} forward, {backward} backward"))
     return tiles
 
 

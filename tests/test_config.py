@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -101,10 +102,9 @@ def test_the_forms_of_a_reward_list_mean_the_same(write, rewards: str) -> None:
     assert config.rewards == config.evaluation.rewards == expected
 
 
-def test_one_reward_may_be_given_without_a_list(write) -> None:
-    forms = ("scene", "[scene]", "{name: scene}", "{scene: 1}")
-    assert {load_config(write(f"run_dir: r\nrewards: {form}\n")).rewards for form in forms[:1]} or True
-    assert all(load_config(write(f"run_dir: r\nrewards: {form}\n")).rewards == (RewardConfig(name="scene"),) for form in forms)
+@pytest.mark.parametrize("form", ["scene", "[scene]", "{name: scene}", "{scene: 1}"])
+def test_one_reward_may_be_given_without_a_list(write, form: str) -> None:
+    assert load_config(write(f"run_dir: r\nrewards: {form}\n")).rewards == (RewardConfig(name="scene"),)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_dumped_config_loads_as_the_same_config(write, method: str) -> None:
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"])))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_survives_the_round_trip_literally(write, text: str) -> None:
     for value in (text, "\\${" + text, "${" + text + "}", "1e3", "yes", "null", "0x10"):
         if value == "???":  # OmegaConf's mark of a value still to be filled in
@@ -250,7 +250,7 @@ _values = st.recursive(_scalars, lambda inner: st.lists(inner, max_size=3) | st.
 
 
 @given(st.dictionaries(st.sampled_from([*leaf_keys(Config), *Config.model_fields]), _values, max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_file_says_the_answer_is_a_config_or_a_user_error(write, entries: dict[str, object]) -> None:
     tree: dict[str, object] = {}
     for path, value in entries.items():
@@ -262,7 +262,7 @@ def test_whatever_the_file_says_the_answer_is_a_config_or_a_user_error(write, en
     try:
         assert isinstance(load_config(write(yaml.safe_dump(tree))), Config)
     except UserError as error:
-        assert all(re.match(r"\S.*: .", line) or " and " in line for line in str(error).split("\n"))
+        assert all(re.match(r"\S.*: .", line) for line in str(error).split("\n"))
 
 
 def test_every_method_file_gives_a_valid_run_and_says_where_it_comes_from(write) -> None:
@@ -280,8 +280,9 @@ def test_every_method_file_gives_a_valid_run_and_says_where_it_comes_from(write)
 
 
 def test_method_defaults_do_not_leak_from_one_load_into_the_next(write) -> None:
-    load_config(write(MINIMAL), ["rollout.num_steps=4", "optimizer.betas[0]=0.1"] if False else ["rollout.num_steps=4"])
-    assert load_config(write(MINIMAL)).rollout.num_steps == list_methods()["flow_grpo"].config["rollout"]["num_steps"]  # type: ignore[index]
+    before = copy.deepcopy(list_methods())
+    load_config(write(MINIMAL), ["rollout.num_steps=4", "optimizer={betas: [0.5, 0.5]}", "ema=null", "method=flow_grpo_fast", "kl.weight=1"])
+    assert list_methods() == before
 
 
 def test_a_suggestion_is_given_only_when_one_is_near() -> None:

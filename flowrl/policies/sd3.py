@@ -60,7 +60,9 @@ def load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     if not Path(where).exists() and (where.startswith((".", "/", "~")) or where.count("/") != 1):
         raise UserError(f"model.path: {path} does not exist; give a folder, a hub id such as stabilityai/stable-diffusion-3.5-medium, or flowrl:tiny-sd3")
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(where, torch_dtype=dtype)
+        index = StableDiffusion3Pipeline.load_config(where)
+        absent = {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is None}  # diffusers wants to be told
+        pipeline = StableDiffusion3Pipeline.from_pretrained(where, torch_dtype=dtype, **absent)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"model.path: {path} could not be loaded as a Stable Diffusion 3 pipeline: {str(error).splitlines()[0]}") from error
     if not isinstance(getattr(pipeline, "transformer", None), SD3Transformer2DModel):
