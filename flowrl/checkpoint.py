@@ -61,7 +61,7 @@ def _sync(path: Path) -> None:
 
 
 def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, identity: dict[str, Any], keep: int) -> Path:
-    """Write ``checkpoints/step_<iteration>`` and remove all but the last ``keep``.
+    """Write ``checkpoints/step_<iteration>`` and remove all but this one and the ``keep`` - 1 before it.
 
     Args:
         state: what `load_checkpoint` gives back: tensors and plain Python values.
@@ -84,13 +84,15 @@ def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, ide
             _sync(temporary / "checkpoint.json")
             if final.exists():
                 shutil.rmtree(final)
-            os.replace(temporary, final)
+            temporary.replace(final)
             _sync(folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    for old in find_checkpoints(run_dir)[keep:]:
-        shutil.rmtree(old)
+    found = find_checkpoints(run_dir)
+    place = found.index(final)
+    for other in found[:place] + found[place + keep :]:  # a newer one was damaged, or this one would not have been made again
+        shutil.rmtree(other)
     return final
 
 
@@ -127,6 +129,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if facts["format"] != _FORMAT:
             raise ValueError(f"has format {facts['format']}, this version of flowrl reads {_FORMAT}")
+        facts = {"iteration": int(facts["iteration"]), "identity": dict(facts["identity"]), "sha256": str(facts["sha256"])}
         if _digest(folder / "state.pt") != facts["sha256"]:
             raise ValueError("is truncated or damaged (checksum differs)")
         return facts, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -150,14 +153,18 @@ def load_checkpoint(run_dir: Path, identity: dict[str, Any], *, which: str = "la
         try:
             facts, state = _read(folder)
         except ValueError as error:
+            if folder == found[-1]:
+                advice = "start again in a new run directory" if which == "last" else "choose another one"
+                raise UserError(f"checkpoint {folder} {error}; {advice}") from error
             _LOGGER.warning("checkpoint %s %s; trying the one before", folder, error)
             continue
         for key, value in identity.items():
-            if facts["identity"].get(key) != value:
-                raise UserError(f"checkpoint {folder} belongs to another run: {key} is {facts['identity'].get(key)}, this run has {value}")
-        return int(facts["iteration"]), state
-    if found:
-        raise UserError(f"no checkpoint of {run_dir} can be read; start again in a new run directory")
+            if (other := facts["identity"].get(key)) != value:
+                what = "its trainable weights have other names or shapes" if key == "parameters" else f"its {key} is {other}, here it is {value}"
+                raise UserError(f"checkpoint {folder} belongs to another run: {what}; use it with the config that it was made with")
+        if folder != found[0]:
+            _LOGGER.warning("using checkpoint %s instead", folder)
+        return facts["iteration"], state
     return None
 
 

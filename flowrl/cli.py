@@ -127,13 +127,9 @@ Overrides = Annotated[
     )
 )
 def train(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A run's YAML file. With --resume: the run's own by default.")
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A run's YAML file. With --resume: the run's own by default.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Continue this run directory from its last good checkpoint, bit for bit.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run directory from its last good checkpoint, bit for bit.")] = None,
 ) -> None:
     """Fine-tune a model. Everything about the run is written to its run directory.
 
@@ -223,16 +219,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--reward", "-r", help="Repeatable.", show_default="the run's evaluation rewards", autocompletion=_complete_reward),
     ] = None,
-    splits: Annotated[
-        list[str] | None, typer.Option("--split", "-s", help="Prompt set, repeatable.", show_default="all of data.eval")
-    ] = None,
-    num_images: Annotated[
-        int | None, typer.Option("--num-images", "-n", min=2, help="Per prompt set.", show_default="final_num_images")
-    ] = None,
+    splits: Annotated[list[str] | None, typer.Option("--split", "-s", help="Prompt set, repeatable.", show_default="all of data.eval")] = None,
+    num_images: Annotated[int | None, typer.Option("--num-images", "-n", min=2, help="Per prompt set.", show_default="final_num_images")] = None,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the run's")] = None,
-    guidance_scales: Annotated[
-        list[float] | None, typer.Option("--guidance-scale", "-g", min=1, help="Repeatable, 1 = off.", show_default="the run's")
-    ] = None,
+    guidance_scales: Annotated[list[float] | None, typer.Option("--guidance-scale", "-g", min=1, help="Repeatable, 1 = off.", show_default="the run's")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same pictures.", show_default="the run's")] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last, or a number of iterations.")] = "last",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a table.")] = False,

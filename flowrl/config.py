@@ -77,9 +77,7 @@ class ModelConfig(_Section):
     lora: LoraConfig = LoraConfig()
     height: PositiveInt | None = Field(None, description="pixels; null = the model's own size")
     width: PositiveInt | None = None
-    max_sequence_length: NonNegativeInt | None = Field(
-        None, description="T5 tokens appended to a prompt; null = 256, or 0 for the embedded model"
-    )
+    max_sequence_length: NonNegativeInt | None = Field(None, description="T5 tokens appended to a prompt; null = 256, or 0 for the embedded model")
     gradient_checkpointing: Flag = False
 
 
@@ -186,9 +184,7 @@ class EvaluationConfig(_Section):
     final_num_images: PositiveInt = Field(512, description="images per prompt set in the evaluations before and after training")
     num_steps: PositiveInt = 20
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
-    compare_guidance_scales: tuple[Annotated[Float, Field(ge=1)], ...] = Field(
-        (), description="further guidance scales of the first and last evaluation"
-    )
+    compare_guidance_scales: tuple[Annotated[Float, Field(ge=1)], ...] = Field((), description="further guidance scales of the first and last evaluation")
     rewards: tuple[RewardConfig, ...] = Field((), description="empty = the training rewards")
     grid_images: NonNegativeInt = 16
     seed: NonNegativeInt = 1234
@@ -318,7 +314,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         lines += explain(error, Config, resolved)
     if lines:
-        raise UserError("\n".join(dict.fromkeys(lines)))
+        raise UserError("\n".join(lines))
     return config
 
 
@@ -371,9 +367,7 @@ def _apply_override(config: dict[str, Any], override: str) -> None:
         place: Any = part
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                raise UserError(
-                    f"override {override!r}: {'.'.join(parts[:depth])} is a list; name an entry by its number, 0 to {len(node) - 1}"
-                )
+                raise UserError(f"override {override!r}: {'.'.join(parts[:depth])} is a list; name an entry by its number, 0 to {len(node) - 1}")
             place = int(part)
         old = node[place] if isinstance(node, list) else node.get(place)
         if depth == len(parts) - 1:

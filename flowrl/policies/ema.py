@@ -15,7 +15,7 @@ class Ema:
     """average <- decay average + (1 - decay) parameters, every ``every`` optimiser updates.
 
     Args:
-        warmup: use min((1 + n) / (10 + n), decay) after n averagings, as Flow-GRPO's released code does.
+        warmup: use min((1 + n) / (10 + n), decay) after n optimiser updates, as Flow-GRPO's released code does.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, decay: float, every: int, warmup: bool) -> None:
@@ -30,7 +30,7 @@ class Ema:
         self.num_updates += 1
         if self.num_updates % self.every:
             return
-        n = self.num_updates // self.every
+        n = self.num_updates
         decay = min((1 + n) / (10 + n), self.decay) if self.warmup else self.decay
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowrl.config import LoraConfig
 from flowrl.types import UserError
 
-__all__ = ["SD3_TARGETS", "add_lora", "lora_state_dict"]
+__all__ = ["SD3_TARGETS", "add_lora", "lora_state_dict", "scale_lora"]
 
 SD3_TARGETS = (
     "attn.add_k_proj",
@@ -41,7 +41,12 @@ def add_lora(transformer: Any, config: LoraConfig) -> None:
     cast_training_params(transformer, dtype=torch.float32)
 
 
-def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights under peft's names."""
+def scale_lora(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The same weights with every B times ``scale``."""
+    return {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
+
+
+def lora_state_dict(transformer: nn.Module, scale: float) -> dict[str, Tensor]:
+    """The adapter's weights under peft's names. ``scale`` = alpha / rank is multiplied into B, because readers of a file without alpha take alpha = rank."""
     state: dict[str, Tensor] = get_peft_model_state_dict(transformer)
-    return state
+    return scale_lora(state, scale)

@@ -9,24 +9,31 @@ Letters: R rows, U distinct prompts, L... latent axes (channels, height, width).
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from flowrl.config import ModelConfig
-from flowrl.policies.lora import add_lora, lora_state_dict
+from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
 from flowrl.types import UserError, Velocity
 
 __all__ = ["ASSETS", "NetworkRows", "Sd3Policy", "load_pipeline", "resolve_model_path"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_KEYWORD = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"  # diffusers renamed it in 0.40
 
 
 @dataclass(slots=True)
@@ -48,8 +55,21 @@ def resolve_model_path(path: str) -> str:
     return str(folder)
 
 
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Within it, diffusers and transformers draw no progress bars; their warnings stay."""
+    switches = [logging for logging in (diffusers_logging, transformers_logging) if logging.is_progress_bar_enabled()]
+    for switch in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.enable_progress_bar()
+
+
 def load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Load a pipeline from a folder, a hub id or ``flowrl:NAME``.
+    """Load a pipeline from a folder, a hub id or ``flowrl:NAME``; the VAE always in float32. Only a download shows progress.
 
     Raises:
         UserError: the folder is missing or is not a Stable Diffusion 3 pipeline.
@@ -60,10 +80,11 @@ def load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     if not Path(where).exists() and (where.startswith((".", "/", "~")) or where.count("/") != 1):
         raise UserError(f"model.path: {path} does not exist; give a folder, a hub id such as stabilityai/stable-diffusion-3.5-medium, or flowrl:tiny-sd3")
     try:
-        index = StableDiffusion3Pipeline.load_config(where)
-        absent = {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is None}  # diffusers wants to be told
-        pipeline = StableDiffusion3Pipeline.from_pretrained(where, torch_dtype=dtype, **absent)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        with _without_progress_bars() if Path(where).exists() else nullcontext():
+            index = StableDiffusion3Pipeline.load_config(where)
+            absent = {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is None}  # diffusers wants to be told
+            pipeline = StableDiffusion3Pipeline.from_pretrained(where, **{_DTYPE_KEYWORD: {"vae": torch.float32, "default": dtype}}, **absent)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise UserError(f"model.path: {path} could not be loaded as a Stable Diffusion 3 pipeline: {str(error).splitlines()[0]}") from error
     if not isinstance(getattr(pipeline, "transformer", None), SD3Transformer2DModel):
         raise UserError(f"model.path: {path} is a {type(pipeline).__name__}, not a Stable Diffusion 3 pipeline")
@@ -88,7 +109,7 @@ class Sd3Policy:
         load_dtype = torch.float32 if config.adapter == "full" else self.dtype  # full fine-tuning keeps float32 weights under autocast
         self.pipeline = load_pipeline(config.path, load_dtype)
         self.transformer: SD3Transformer2DModel = self.pipeline.transformer.to(device)
-        self.vae = self.pipeline.vae.to(device=device, dtype=torch.float32)
+        self.vae = self.pipeline.vae.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         for module in (self.transformer, self.vae, *self._text_encoders):
             module.requires_grad_(False).eval()
@@ -142,17 +163,25 @@ class Sd3Policy:
     def prompt_rows(self, texts: Sequence[str]) -> Tensor:
         """Row numbers [len(texts)] int64 of prompts in the embedding cache; every distinct text is encoded once in the life of the policy."""
         new = [t for t in dict.fromkeys(texts) if t not in self._row_of]
-        for start in range(0, len(new), 64):
-            chunk = new[start : start + 64]
+        # The last bits of an embedding may depend on its batch, and a resumed run meets the prompts in another order: one by one where runs are bit-exact.
+        size = 1 if self.device.type == "cpu" else 64
+        embeds, pooled = [self._embeds] if len(self._embeds) else [], [self._pooled] if len(self._pooled) else []
+        for start in range(0, len(new), size):
             for encoder in self._text_encoders:
                 encoder.to(self.device)
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=chunk, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            found = self.pipeline.encode_prompt(
+                prompt=new[start : start + size],
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
             )
-            for offset, text in enumerate(chunk):
-                self._row_of[text] = len(self._embeds) + offset
-            self._embeds = torch.cat([self._embeds, embeds]) if len(self._embeds) else embeds
-            self._pooled = torch.cat([self._pooled, pooled]) if len(self._pooled) else pooled
+            embeds.append(found[0])
+            pooled.append(found[2])
+        if new:
+            self._row_of |= {text: len(self._row_of) + offset for offset, text in enumerate(new)}
+            self._embeds, self._pooled = torch.cat(embeds), torch.cat(pooled)
         return torch.tensor([self._row_of[t] for t in texts], dtype=torch.int64)
 
     # --- the network ---
@@ -221,6 +250,10 @@ class Sd3Policy:
         """Parameters that learn, in a fixed order."""
         return [p for p in self.transformer.parameters() if p.requires_grad]
 
+    @property
+    def _lora_scale(self) -> float:
+        return self.config.lora.alpha / self.config.lora.rank
+
     # --- pictures and files ---
 
     @torch.no_grad()
@@ -232,12 +265,22 @@ class Sd3Policy:
         return torch.cat([self.vae.decode(chunk, return_dict=False)[0].div(2).add(0.5).clamp(0, 1).cpu() for chunk in raw.split(size)])
 
     def export(self, folder: Path) -> None:
-        """Write what plain diffusers loads: ``pytorch_lora_weights.safetensors`` (load_lora_weights) or ``transformer/`` (from_pretrained)."""
+        """Write what plain diffusers loads: ``pytorch_lora_weights.safetensors`` (load_lora_weights) or ``transformer/`` (from_pretrained).
+
+        Raises:
+            OSError: it cannot be written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        if self.config.adapter == "lora":
-            StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=lora_state_dict(self.transformer))
-        else:
-            self.transformer.save_pretrained(folder / "transformer")
+        try:
+            if self.config.adapter == "lora":
+                StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=lora_state_dict(self.transformer, self._lora_scale))
+            else:
+                self.transformer.save_pretrained(folder / "transformer")
+        except SafetensorError as error:  # how safetensors reports a failed write
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
     def load_export(self, folder: Path) -> None:
         """Put exported weights into this policy.
@@ -253,12 +296,12 @@ class Sd3Policy:
             file = folder / "pytorch_lora_weights.safetensors"
             if not file.is_file():
                 raise UserError(f"{folder} holds no LoRA weights (pytorch_lora_weights.safetensors)")
-            state: dict[str, Any] = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+            state: dict[str, Any] = scale_lora({k.removeprefix("transformer."): v for k, v in load_file(file).items()}, 1 / self._lora_scale)
             outcome = set_peft_model_state_dict(self.transformer, state)
             if outcome.unexpected_keys:
                 raise UserError(f"{file} does not fit this model: unexpected {outcome.unexpected_keys[0]}")
         else:
             if not (folder / "transformer" / "config.json").is_file():
                 raise UserError(f"{folder} holds no exported transformer (transformer/config.json)")
-            loaded = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+            loaded = SD3Transformer2DModel.from_pretrained(folder / "transformer", **{_DTYPE_KEYWORD: torch.float32})
             self.transformer.load_state_dict(loaded.state_dict())

@@ -1,0 +1,90 @@
+"""Pictures from a base model or a run's tuned weights, as PNG files."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from flowrl.checkpoint import load_policy
+from flowrl.config import ModelConfig, RolloutConfig, load_config
+from flowrl.evaluation import sigmas_of
+from flowrl.policies.sd3 import Sd3Policy
+from flowrl.seeds import generator
+from flowrl.tracking import explain_full_disk, replace_file
+from flowrl.types import UserError
+from samplers.rollout import sample_ode
+
+__all__ = ["picture_names", "sample_to_folder"]
+
+_SLUG_LENGTH = 48
+
+
+def picture_names(prompts: list[str], images_per_prompt: int) -> list[str]:
+    """``NNN_slug_k.png`` for every picture, prompt by prompt: the prompt's number from 0, its words, and the picture's number from 0."""
+    digits = max(3, len(str(len(prompts) - 1)))
+    slugs = [re.sub(r"[^a-z0-9]+", "-", text.lower())[:_SLUG_LENGTH].strip("-") or "prompt" for text in prompts]
+    return [f"{number:0{digits}}_{slug}_{k}.png" for number, slug in enumerate(slugs) for k in range(images_per_prompt)]
+
+
+def sample_to_folder(
+    model: str,
+    prompts: list[str],
+    out: Path,
+    run: Path | None,
+    checkpoint: str,
+    num_steps: int,
+    guidance_scale: float,
+    seed: int,
+    images_per_prompt: int,
+) -> list[Path]:
+    """Draw pictures with Euler steps of the flow ODE and write them as PNG files, see `picture_names`.
+
+    Picture k of a prompt follows from the seed, the prompt's text and k, whatever the other prompts, the policy and the batch size; so two
+    calls with two checkpoints can be compared picture by picture.
+
+    Args:
+        model: the base model: ``flowrl:NAME``, a folder or a hub id.
+        out: the folder to write to, made when missing.
+        run: a run directory whose tuned weights, size and sigma grid are used; None = the base model.
+        checkpoint: ``last`` or an iteration number; read only with ``run``.
+        num_steps: sampling steps, >= 1.
+        guidance_scale: 1 = off.
+    Returns:
+        The files, prompt by prompt.
+    Raises:
+        UserError: a file exists already, the model or the checkpoint cannot be loaded, or the disk is full.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder; choose another one to write to")
+    files = [out / name for name in picture_names(prompts, images_per_prompt)]
+    if taken := [file for file in files if file.exists()]:
+        raise UserError(f"{taken[0]} exists already; choose another folder to write to")
+    if run is None:
+        settings, rollout, rows, cpu = ModelConfig(path=model, adapter="full"), RolloutConfig(), 64, False
+    else:
+        config = load_config(run / "config.yaml")
+        settings, rollout = config.model.model_copy(update={"path": model}), config.rollout
+        rows, cpu = config.training.rows_per_forward, config.training.device == "cpu"
+    policy = Sd3Policy(settings, Accelerator(cpu=cpu, mixed_precision="no").device, rows_per_forward=rows)
+    if run is not None:
+        load_policy(run, policy, checkpoint)
+    sigmas = sigmas_of(rollout, num_steps, policy)
+    velocity = policy.velocity(guidance_scale)
+    wanted = [(text, k) for text in prompts for k in range(images_per_prompt)]
+    with explain_full_disk(out, next_step="sample again"):
+        out.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(wanted), rows):
+            chunk = wanted[start : start + rows]
+            noise = torch.stack([torch.randn(policy.latent_shape, generator=generator("sample", seed, text, k)) for text, k in chunk])
+            with torch.no_grad():
+                latents = sample_ode(velocity, noise.to(policy.device), sigmas, policy.prompt_rows([text for text, _ in chunk]))
+            for file, pixels in zip(files[start : start + rows], policy.decode(latents), strict=False):
+                png = io.BytesIO()
+                Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(png, format="PNG")
+                replace_file(file, png.getvalue())
+    return files
