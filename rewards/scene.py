@@ -78,10 +78,12 @@ def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     response = torch.where(ranked == peak, best, torch.zeros_like(best))
     value, place = response.flatten(1).topk(_NUM_CANDIDATES, dim=1)
     presence = torch.sigmoid((value - _OBJECT_IOU) / _OBJECT_SOFTNESS) * (value > 0)
-    near = F.max_pool2d(F.max_pool2d(iou, (1, 5), stride=1, padding=(0, 2)), (5, 1), stride=1, padding=(2, 0)).flatten(2)
-    kinds = torch.softmax(near.gather(2, place[:, None].expand(-1, iou.shape[1], -1)) / _KIND_SOFTNESS, dim=1)
-    kinds = kinds.transpose(1, 2).unflatten(2, (len(COLORS), len(SHAPES)))
     row, column = place // w, place % w
+    # a kind is judged by its best response within 2 pixels, so that nothing jumps when the strongest response moves from one pixel to the next
+    shift = torch.arange(-2, 3, device=images.device)
+    near = (row[..., None, None] + shift[:, None]).clamp(0, h - 1) * w + (column[..., None, None] + shift).clamp(0, w - 1)  # [B, N, 5, 5]
+    close = iou.flatten(2).gather(2, near.flatten(1)[:, None].expand(-1, iou.shape[1], -1)).unflatten(2, (_NUM_CANDIDATES, 25)).amax(3)
+    kinds = torch.softmax(close / _KIND_SOFTNESS, dim=1).transpose(1, 2).unflatten(2, (len(COLORS), len(SHAPES)))
     offset = torch.stack([_vertex(best, row, column, 0, 1), _vertex(best, row, column, 1, 0)], dim=-1)
     centres = torch.stack([column, row], dim=-1) + (0.5 + _PATCH // 2 - _PAD) + offset
     return presence, kinds, centres

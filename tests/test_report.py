@@ -10,14 +10,17 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from PIL import Image
 
+from flowrl.checks import check_run
 from flowrl.curves import _smooth
 from flowrl.figures import write_readme_figures
 from flowrl.report import write_report
+from flowrl.run_records import load_run
 from flowrl.types import UserError
 
 TILE, PAD, COLUMNS, COUNT = 8, 2, 2, 3
@@ -301,6 +304,22 @@ def test_a_fault_in_one_iteration_is_found(run, changes, words):
     assert words in page.text
     assert page.source.count('<li class="warn">') == 1
     assert "Checks: 1 to look at" in page.text
+
+
+@pytest.mark.parametrize("bounds", [(1e-5, 1e-3), (1e-3, 1e-5), (2e-4, 2e-4)])
+@pytest.mark.parametrize(("share", "warns"), [(0.09, False), (0.11, True), (math.nan, True)])
+def test_trainer_and_report_warn_of_a_ratio_above_a_tenth_of_the_smaller_clip_bound(run, bounds, share, warns):
+    from flowrl.trainer import _warnings
+
+    objective = dict(zip(("clip_low", "clip_high"), bounds, strict=True))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"objective": objective}))
+    edit(run, 4, **{"ratio/max_abs_log_first": share * min(bounds)})
+    found = [state for state, text in check_run(load_run(run)) if text.startswith("The ratio")]
+    assert found == ["warn" if warns else "ok"]
+    trainer = SimpleNamespace(config=SimpleNamespace(objective=SimpleNamespace(**objective), training=SimpleNamespace(iterations=20)))
+    kinds = [kind for kind, _ in _warnings(trainer, read_lines(run / "metrics.jsonl")[3])]
+    assert kinds == (["ratio"] if warns else [])
 
 
 def test_a_reward_that_is_constant_over_the_whole_run_is_named_with_its_count(run):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flowrl.tracking import RunLogger, TrainingProgress, explain_full_disk, read_records, replace_file
+from flowrl.progress import TrainingProgress
+from flowrl.tracking import RunLogger, explain_full_disk, read_records, replace_file
 from flowrl.types import UserError
 
 FILES = ("metrics.jsonl", "timings.jsonl", "evals.jsonl")

@@ -1,0 +1,129 @@
+"""Two processes (gloo on the CPU, started by `accelerate launch`) do what one process does with the same groups."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import environment, make_config, write_config
+
+from flowrl.checkpoint import find_checkpoints
+from flowrl.cli import main
+from flowrl.config import Config
+from flowrl.trainer import Trainer, train
+from flowrl.types import UserError
+
+ITERATIONS = 3
+COMMON = ["optimizer.eps=0.01", "advantage.name=global_std"]  # a large eps keeps AdamW's step a smooth function of the gradient
+CASES = {
+    # 3 groups on 2 processes: 2 and 1. Micro-batches of 5 rows, so that the processes also have different numbers of them.
+    "lora": ["kl.weight=0.05", "rollout.guidance_scale=2", "objective.updates_per_iteration=2", "training.rows_per_backward=5"],
+    "full": ["model.adapter=full", "rollout.same_noise=true", "objective.reduction=group_mean", "kl.weight=0.05"],
+    "two rewards": ["rewards={toys:brightness: 1.0, toys:redness: 0.5}", "rollout.plan=chain", "rollout.groups_per_iteration=5", "ema=null"],
+}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import toys
+from flowrl.trainer import train
+for name, overrides in json.loads(sys.argv[2]).items():
+    folder = Path(sys.argv[1]) / name
+    config = toys.make_config(folder, Path(sys.argv[3]), *overrides)
+    train(config)
+"""
+
+
+def launch(arguments: list[str], num_processes: int) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--cpu", "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", str(port), *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def overrides(name: str) -> list[str]:
+    return [*COMMON, *CASES[name], f"training={{iterations: {ITERATIONS}, checkpoint_every: {ITERATIONS}}}", "evaluation.every=100"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Path:
+    """A folder for each case, with the run that two processes made."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in CASES:
+        (folder / name).mkdir()
+    (folder / "script.py").write_text(SCRIPT)
+    done = launch([str(folder / "script.py"), str(folder), json.dumps({name: overrides(name) for name in CASES}), str(pipeline)], 2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, pipeline: Path, name: str) -> None:
+    one = train(make_config(tmp_path, pipeline, *overrides(name)))
+    ours, theirs = (torch.load(find_checkpoints(run)[0] / "state.pt", weights_only=True) for run in (one, two / name / "run"))
+    start = [p.detach() for p in Trainer(make_config(tmp_path, pipeline, *overrides(name))).parameters]
+    moved = 0.0
+    for a, b, before in zip(ours["parameters"], theirs["parameters"], start, strict=True):
+        assert (a - b).abs().max() < 1e-5
+        moved = max(moved, (a - before).abs().max().item())
+    assert moved > 1e-4
+    for x, y in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values(), strict=True):
+        assert (x["exp_avg"] - y["exp_avg"]).abs().max() < 1e-5  # the average of the gradients
+    scale = max(x["exp_avg"].abs().max() for x in ours["optimizer"]["state"].values())
+    assert scale > 1e-4
+    assert len(theirs["random"]) == 2
+
+    metrics, others = read(one / "metrics.jsonl"), read(two / name / "run" / "metrics.jsonl")
+    assert len(others) == ITERATIONS
+    for m, other in zip(metrics, others, strict=True):
+        assert list(m) == list(other)
+        for key, value in m.items():
+            assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+        assert other["nfe/used"] == other["nfe/minimum"] == m["nfe/used"]
+        assert other["ratio/max_abs_log_first"] < 1e-6
+    for e, other in zip(read(one / "evals.jsonl"), read(two / name / "run" / "evals.jsonl"), strict=True):
+        assert other == pytest.approx(e, abs=1e-5)
+    assert (two / name / "run" / "report.html").is_file()
+    assert len(list((two / name / "run" / "samples").iterdir())) == 2
+
+
+def test_a_run_of_two_processes_can_be_resumed_by_one(two: Path, tmp_path: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = f"training.iterations={ITERATIONS + 2}"
+    whole = train(make_config(tmp_path, pipeline, *overrides("lora"), longer))
+    resumed = two / "lora" / "run"
+    capsys.readouterr()
+    assert main(["train", "--resume", str(resumed), longer]) == 0
+    assert read(resumed / "metrics.jsonl")[-1]["iteration"] == ITERATIONS + 2
+    a, b = (torch.load(find_checkpoints(run)[0] / "state.pt", weights_only=True) for run in (whole, resumed))
+    for x, y in zip(a["parameters"], b["parameters"], strict=True):
+        assert (x - y).abs().max() < 1e-5
+    for m, other in zip(read(whole / "metrics.jsonl"), read(resumed / "metrics.jsonl"), strict=True):
+        assert other["reward/total/mean"] == pytest.approx(m["reward/total/mean"], abs=1e-5)
+        assert other["nfe/total"] == m["nfe/total"]
+
+
+def test_the_command_line_speaks_with_one_voice(tmp_path: Path, pipeline: Path) -> None:
+    config = write_config(tmp_path, pipeline)
+    done = launch(["-m", "flowrl.cli", "train", str(config), "training.iterations=1", "rewards=[toys:constant]"], 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: flowrl report") == 1
+    assert done.stderr.count("evaluation at iteration 1") == 1
+    assert done.stderr.count("gave the same score, 0.25, to all 12 samples of the run") == 1
+
+
+def test_there_must_be_a_group_for_every_process(configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 4)
+    with pytest.raises(UserError, match="3 groups cannot be shared by 4 processes; use more groups"):
+        Trainer(configure())
