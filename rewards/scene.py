@@ -114,8 +114,8 @@ def _encode(scenes: list[Scene], device: torch.device) -> tuple[Tensor, Tensor, 
 def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Score pictures against the scenes they should show.
 
-    Each requested object is worth ``presence * (0.1 + 0.2 colour + 0.2 shape + 0.5 kind)``, of which kind is colour and shape together; a relation takes 0.4 of the score and
-    counts as far as both of its objects do; every object too many divides the score by (1 + 0.5 presence).
+    Each requested object is worth ``presence * (0.1 + 0.2 colour + 0.2 shape + 0.5 kind)``, of which kind is colour and shape together;
+    a relation takes 0.4 of the score and counts as far as both of its objects do; every object too many divides the score by (1 + 0.5 presence).
 
     Args:
         images: [B, 3, 32, 32] float in [0, 1].
@@ -196,7 +196,7 @@ class SceneReward:
         """Nothing to load: there are no weights."""
 
     def score(self, batch: SampleBatch) -> Scores:
-        """Scores in [0, 1] for pictures [B, 3, 32, 32] float in [0, 1].
+        """Scores in [0, 1] for pictures [B, 3, 32, 32] float in [0, 1]; a picture that holds NaN is invalid.
 
         Raises:
             UserError: the pictures have another size or a caption is outside the grammar.
@@ -205,5 +205,6 @@ class SceneReward:
             shape = None if batch.images is None else tuple(batch.images.shape[1:])
             raise UserError(f"reward scene: needs pictures of 3 x 32 x 32 from the embedded model, got {shape}; use another reward for this model")
         graded, strict = score_scenes(batch.images.float(), [_scene(p) for p in batch.prompts])
-        values = graded if self.form == "graded" else strict
-        return Scores(values, torch.isfinite(values), {"strict": strict} if self.form == "graded" else {})
+        valid = torch.isfinite(graded)
+        strict = torch.where(valid, strict, torch.nan)
+        return Scores(graded, valid, {"strict": strict}) if self.form == "graded" else Scores(strict, valid)

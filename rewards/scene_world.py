@@ -46,8 +46,14 @@ def _noun(kind: tuple[int, int]) -> str:
 
 
 def caption(scene: Scene, form: int = 0) -> str:
-    """The sentence of a scene. ``form`` 0..2 frames it as in FORMS; 3 names the second object first (relations) or equals form 0."""
+    """The sentence of a scene. ``form`` 0..2 frames it as in FORMS; 3 names the second object first (relations) or equals form 0.
+
+    Raises:
+        ValueError: the grammar has no sentence for the scene: three objects of different kinds, or a relation between equal ones.
+    """
     kinds = scene.kinds
+    if not 1 <= len(kinds) <= 3 or (len(set(kinds)) > 1 and len(kinds) > 2) or (scene.relation is not None and len(set(kinds)) != 2):
+        raise ValueError(f"no sentence describes {scene}; a scene is one kind one to three times, or two different kinds with or without a relation")
     if len(set(kinds)) == 1:
         n = len(kinds)
         text = f"a {_noun(kinds[0])}" if n == 1 else f"{NUMBERS[n]} {_noun(kinds[0])}s"

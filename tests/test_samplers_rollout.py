@@ -7,7 +7,7 @@ import torch
 
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from flowrl.types import Rollout
-from samplers.kernels import expand, load_kernel
+from samplers.kernels import Step, expand, load_kernel
 from samplers.plans import Node, Plan, chain_plan, minimum_rows, window_plan
 from samplers.rollout import concatenate, execute, sample_ode
 from samplers.schedules import diffusers_grid, shifted_grid
@@ -119,8 +119,6 @@ def test_a_naive_path_per_sample_gives_the_same_latents(kind, same_noise):
     kernel, euler, velocity, row = load_kernel("flow_sde"), load_kernel("ode"), Counted(), torch.tensor([13])
     active = set(rollout.edge_step.tolist())
     paths = torch.randn(1 if same_noise else 4, *SHAPE, generator=generator)
-    from samplers.kernels import Step
-
     for k in range(6):
         if same_noise and k == min(active):
             paths = paths.repeat(4, 1, 1, 1)

@@ -19,6 +19,9 @@ def group_statistics(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: 
     value = torch.where(valid, rewards, torch.zeros_like(rewards))
     count = torch.zeros(num_groups, dtype=rewards.dtype).index_add_(0, group, weight)
     mean = torch.zeros_like(count).index_add_(0, group, value) / count.clamp_min(1)
+    low = torch.full_like(count, torch.inf).scatter_reduce_(0, group, torch.where(valid, rewards, torch.inf), "amin")
+    high = torch.full_like(count, -torch.inf).scatter_reduce_(0, group, torch.where(valid, rewards, -torch.inf), "amax")
+    mean = torch.where(low == high, low, mean)  # equal rewards are exactly their mean, whatever the rounding of the sum
     square = torch.where(valid, (rewards - mean[group]).square(), torch.zeros_like(rewards))
     variance = torch.zeros_like(count).index_add_(0, group, square) / (count - ddof).clamp_min(1)
     return mean, torch.where(count >= 2, variance, torch.zeros_like(variance)).sqrt(), count
@@ -35,7 +38,7 @@ def group_zscore(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: int,
 
     Args:
         rewards: [B] float. group: [B] int64 in 0..P-1. valid: [B] bool.
-        eps: >= 0; Flow-GRPO uses 1e-4 with ddof 0, DanceGRPO 1e-8 with ddof 1.
+        eps: > 0; Flow-GRPO uses 1e-4 with ddof 0, DanceGRPO 1e-8 with ddof 1.
         global_spread: unused here; the standard deviation of all rewards of the iteration over all processes.
     Returns:
         [B]; 0 where invalid, where a group has one valid sample, and where all rewards of a group are equal.

@@ -26,10 +26,12 @@ def clipped_surrogate(decisions: Decisions, *, clip_low: float, clip_high: float
         PPO, arXiv:1707.06347 eq. 7; separate bounds: DAPO, arXiv:2503.14476 eq. 10; on SDE steps: Flow-GRPO, arXiv:2505.05470.
     """
     log_ratio = torch.where(decisions.mask, decisions.log_prob - decisions.old_log_prob, torch.zeros_like(decisions.log_prob))
-    ratio = log_ratio.exp()
     advantages = torch.where(decisions.mask, decisions.advantages, torch.zeros_like(decisions.advantages))
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     with torch.no_grad():
-        low = ((ratio < 1 - clip_low) & (advantages < 0)).to(ratio)
-        high = ((ratio > 1 + clip_high) & (advantages > 0)).to(ratio)
-    return Objective(loss, {"ratio": ratio.detach(), "log_ratio": log_ratio.detach(), "clipped_low": low, "clipped_high": high})
+        ratio = log_ratio.exp()
+        low, high = (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+        free = ~(low | high) & (advantages != 0)
+    # the maximum of the docstring, written so that a stopped decision never touches exp: a ratio that overflows there would turn gradient 0 into NaN
+    moving = torch.where(free, log_ratio, torch.zeros_like(log_ratio)).exp()
+    loss = -advantages * torch.where(free, moving, ratio.clamp(1 - clip_low, 1 + clip_high))
+    return Objective(loss, {"ratio": ratio, "log_ratio": log_ratio.detach(), "clipped_low": low.to(ratio), "clipped_high": high.to(ratio)})

@@ -1,0 +1,110 @@
+"""The clipped surrogate: values by hand, gradients by finite differences, its special cases, and masks."""
+
+import math
+
+import pytest
+import torch
+
+from flowrl.core.objectives import clipped_surrogate
+from flowrl.types import Decisions
+
+FP64 = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def decisions(log_prob, old_log_prob, advantages, mask=None):
+    mask = torch.ones_like(log_prob, dtype=torch.bool) if mask is None else mask
+    return Decisions(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, mask=mask)
+
+
+def draw(seed, *, spread, shape=(4, 5)):
+    generator = torch.Generator().manual_seed(seed)
+    old, noise, advantages = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    return (old + spread * noise).requires_grad_(), old, advantages
+
+
+def test_values_by_hand_on_both_sides_of_both_bounds():
+    # clip to [0.9, 1.3]: columns are ratio 0.5, 0.95, 1.2, 2; the row of advantage -1 is stopped below, the row of advantage 2 above
+    ratio = torch.tensor([[0.5, 0.95, 1.2, 2.0]], dtype=torch.float64).repeat(2, 1)
+    advantages = torch.tensor([[2.0], [-1.0]], dtype=torch.float64).expand(2, 4)
+    objective = clipped_surrogate(decisions(ratio.log(), torch.zeros_like(ratio), advantages), clip_low=0.1, clip_high=0.3)
+    torch.testing.assert_close(objective.loss, torch.tensor([[-1.0, -1.9, -2.4, -2.6], [0.9, 0.95, 1.2, 2.0]], dtype=torch.float64), **FP64)
+    torch.testing.assert_close(objective.metrics["ratio"], ratio, **FP64)
+    torch.testing.assert_close(objective.metrics["log_ratio"], ratio.log(), **FP64)
+    assert objective.metrics["clipped_high"].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    assert objective.metrics["clipped_low"].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_the_gradient_is_stopped_exactly_where_the_metrics_say():
+    log_prob, old, advantages = draw(0, spread=0.5)
+    objective = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=0.2, clip_high=0.1)
+    (gradient,) = torch.autograd.grad(objective.loss.sum(), log_prob)
+    stopped = (objective.metrics["clipped_low"] + objective.metrics["clipped_high"]) > 0
+    assert 0 < int(stopped.sum()) < 20
+    assert gradient[stopped].eq(0).all()
+    ratio = (log_prob - old).exp().detach()
+    torch.testing.assert_close(gradient[~stopped], (-advantages * ratio)[~stopped], **FP64)
+
+
+def test_the_gradient_matches_finite_differences():
+    log_prob, old, advantages = draw(1, spread=0.5)  # no ratio within 1e-5 of a bound
+    assert torch.autograd.gradcheck(lambda x: clipped_surrogate(decisions(x, old, advantages), clip_low=0.2, clip_high=0.1).loss, log_prob)
+
+
+@pytest.mark.parametrize("clip", [1e-6, 0.2])
+def test_at_ratio_one_the_gradient_is_reinforces(clip):
+    log_prob, _, advantages = draw(2, spread=0.0)
+    (gradient,) = torch.autograd.grad(clipped_surrogate(decisions(log_prob, log_prob.detach(), advantages), clip_low=clip, clip_high=clip).loss.sum(), log_prob)
+    (reinforce,) = torch.autograd.grad(-(advantages * log_prob).sum(), log_prob)
+    torch.testing.assert_close(gradient, reinforce, **FP64)
+
+
+def test_wide_bounds_equal_no_bounds():
+    log_prob, old, advantages = draw(3, spread=1.0)
+    loss = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=math.inf, clip_high=math.inf).loss
+    plain = -advantages * (log_prob - old).exp()
+    torch.testing.assert_close(loss, plain, **FP64)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), log_prob), torch.autograd.grad(plain.sum(), log_prob), **FP64)
+
+
+def test_masked_decisions_have_no_loss_and_no_gradient_whatever_they_hold():
+    log_prob, old, advantages = draw(4, spread=0.5, shape=(2, 4))
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    with torch.no_grad():
+        log_prob[0, 1], old[0, 3], advantages[1, 0] = math.nan, -math.inf, math.nan
+    objective = clipped_surrogate(decisions(log_prob, old, advantages, mask), clip_low=0.1, clip_high=0.1)
+    (gradient,) = torch.autograd.grad(objective.loss.sum(), log_prob)
+    assert objective.loss[~mask].eq(0).all()
+    assert gradient[~mask].eq(0).all()
+    assert gradient.isfinite().all()
+    assert gradient[mask].ne(0).any()
+    assert objective.metrics["ratio"][~mask].eq(1).all()
+    assert objective.metrics["clipped_low"][~mask].eq(0).all()
+
+
+def test_a_zero_advantage_has_no_loss_and_no_gradient():
+    log_prob, old, _ = draw(5, spread=0.5)
+    loss = clipped_surrogate(decisions(log_prob, old, torch.zeros_like(old)), clip_low=0.1, clip_high=0.1).loss
+    assert loss.eq(0).all()
+    assert torch.autograd.grad(loss.sum(), log_prob)[0].eq(0).all()
+
+
+def test_a_ratio_beyond_float32_stays_clipped():
+    # summed log-probabilities of a large latent can move by hundreds of nats in one update
+    log_prob = torch.tensor([[200.0, 200.0, -200.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0, 0.0, -1.0]])
+    loss = clipped_surrogate(decisions(log_prob, torch.zeros(1, 3), advantages), clip_low=0.2, clip_high=0.2).loss
+    torch.testing.assert_close(loss, torch.tensor([[-1.2, 0.0, 0.8]]))
+    assert torch.autograd.grad(loss.sum(), log_prob)[0].tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_metrics_carry_no_gradient():
+    log_prob, old, advantages = draw(6, spread=0.5)
+    objective = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=0.1, clip_high=0.1)
+    assert set(objective.metrics) == {"ratio", "log_ratio", "clipped_low", "clipped_high"}
+    assert not any(value.requires_grad for value in objective.metrics.values())
+    assert objective.loss.requires_grad
+
+
+def test_decisions_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"Decisions.advantages has shape \(2, 3\), log_prob \(2, 4\)"):
+        Decisions(log_prob=torch.zeros(2, 4), old_log_prob=torch.zeros(2, 4), advantages=torch.zeros(2, 3), mask=torch.ones(2, 4, dtype=torch.bool))

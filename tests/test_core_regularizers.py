@@ -1,0 +1,144 @@
+"""Divergences: against torch.distributions, against each other, at equality, and single-sample estimates against exact sums."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from flowrl.core.regularizers import categorical_kl_estimate, gaussian_kl
+from samplers.flow_sde import FlowSde
+from samplers.kernels import Step
+from samplers.schedules import diffusers_grid
+
+FP64 = {"rtol": 1e-10, "atol": 1e-12}
+FORMS = ("fg_code", "exact_mean", "v_mse", "x_mse")
+SIGMAS = torch.tensor(diffusers_grid(10, 3.0), dtype=torch.float64)
+STEP = Step(SIGMAS[:9], SIGMAS[1:10], torch.full((9,), SIGMAS[1].item(), dtype=torch.float64), torch.full((9,), 0.7, dtype=torch.float64))
+LENGTH = STEP.sigma - STEP.sigma_next
+ELEMENTS = 2 * 3
+
+
+def divergence(form, velocity, ref_velocity, x=None):
+    """[9]: one row per step of SD3's grid."""
+    x = torch.zeros_like(velocity) if x is None else x
+    mean, std = FlowSde().moments(x, velocity, STEP)
+    return gaussian_kl(form, mean=mean, ref_mean=FlowSde().moments(x, ref_velocity, STEP).mean, velocity=velocity, ref_velocity=ref_velocity, std=std, length=LENGTH)
+
+
+@pytest.fixture
+def velocities():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(9, 2, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def test_the_exact_form_is_the_kl_of_two_normals_per_element(velocities):
+    v, ref, x = velocities
+    mean, std = FlowSde().moments(x, v, STEP)
+    other = FlowSde().moments(x, ref, STEP).mean
+    spread = std.view(9, 1, 1).expand_as(mean)
+    expected = kl_divergence(Normal(mean, spread), Normal(other, spread)).sum((1, 2)) / ELEMENTS
+    torch.testing.assert_close(divergence("exact_mean", v, ref, x), expected, **FP64)
+
+
+def test_the_published_code_form_is_the_exact_one_times_the_step_length(velocities):
+    v, ref, _ = velocities
+    torch.testing.assert_close(divergence("fg_code", v, ref) / divergence("exact_mean", v, ref), LENGTH, **FP64)
+
+
+def test_the_published_code_form_divides_by_the_diffusion_and_not_by_the_std(velocities):
+    v, ref, _ = velocities
+    s = FlowSde().diffusion(STEP)
+    difference = FlowSde().grad_scale(STEP).square() * (v - ref).square().mean((1, 2))  # <(mean - ref_mean)^2>
+    torch.testing.assert_close(divergence("x_mse", v, ref), difference, **FP64)
+    torch.testing.assert_close(divergence("fg_code", v, ref), difference / (2 * s**2), **FP64)
+
+
+def test_the_exact_form_is_a_weighted_squared_difference_of_velocities(velocities):
+    v, ref, x = velocities
+    s = FlowSde().diffusion(STEP)
+    factor = 1 / s + s * (1 - STEP.sigma) / (2 * STEP.sigma)  # kap / s
+    torch.testing.assert_close(divergence("exact_mean", v, ref, x), LENGTH / 2 * factor.square() * divergence("v_mse", v, ref, x), **FP64)
+    torch.testing.assert_close(divergence("v_mse", v, ref), (v - ref).square().mean((1, 2)), **FP64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_at_equality_every_form_is_zero_with_zero_gradient(form, velocities):
+    v = velocities[0].requires_grad_()
+    value = divergence(form, v, v.detach().clone())
+    assert value.tolist() == [0.0] * 9
+    assert torch.autograd.grad(value.sum(), v)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_a_gradient_in_the_policy_and_none_in_the_reference(form, velocities):
+    v, ref, x = velocities[0].requires_grad_(), velocities[1].requires_grad_(), velocities[2]
+    value = divergence(form, v, ref, x)
+    assert value.gt(0).all()
+    ours, theirs = torch.autograd.grad(value.sum(), (v, ref), allow_unused=True, materialize_grads=True)
+    assert ours.ne(0).all()
+    assert theirs.eq(0).all()
+    assert torch.autograd.gradcheck(lambda velocity: divergence(form, velocity, ref.detach(), x), v)
+
+
+def test_an_unknown_form_is_refused(velocities):
+    with pytest.raises(ValueError, match="unknown KL form 'exact'; known: fg_code, exact_mean, v_mse, x_mse"):
+        divergence("exact", velocities[0], velocities[1])
+
+
+# --- single-sample estimates: expectations over a categorical distribution are sums ---
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(7, generator=generator, dtype=torch.float64), torch.randn(7, generator=generator, dtype=torch.float64)
+
+
+def exact_kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(kind, logits):
+    log_p, log_q = (x.log_softmax(0) for x in logits)
+    torch.testing.assert_close((log_p.exp() * categorical_kl_estimate(kind, log_p, log_q)).sum(), exact_kl(log_p, log_q), **FP64)
+
+
+def test_k1_k2_and_k3_by_hand():
+    # d = ln 2 - ln 1 = ln 2 where the reference likes the token twice as much
+    log_p, log_q = torch.tensor([0.25], dtype=torch.float64).log(), torch.tensor([0.5], dtype=torch.float64).log()
+    ln2 = torch.tensor([2.0], dtype=torch.float64).log()
+    torch.testing.assert_close(categorical_kl_estimate("k1", log_p, log_q), -ln2, **FP64)
+    torch.testing.assert_close(categorical_kl_estimate("k2", log_p, log_q), ln2**2 / 2, **FP64)
+    torch.testing.assert_close(categorical_kl_estimate("k3", log_p, log_q), 1 - ln2, **FP64)
+
+
+def test_k2_is_nearly_unbiased_near_equality_and_has_the_kls_gradient(logits):
+    start, direction = logits
+    p = start.clone().requires_grad_()
+    log_p, log_q = p.log_softmax(0), (start + 0.01 * direction).log_softmax(0)
+    weight = log_p.exp().detach()  # samples do not carry gradient
+    estimate = (weight * categorical_kl_estimate("k2", log_p, log_q)).sum()
+    exact = exact_kl(log_p, log_q)
+    assert estimate.item() == pytest.approx(exact.item(), rel=0.02)
+    (ours,), (true,) = torch.autograd.grad(estimate, p, retain_graph=True), torch.autograd.grad(exact, p)
+    torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-12)
+
+
+def test_k3_is_never_negative_and_zero_only_at_equality():
+    log_p = torch.linspace(-8, 0, 41, dtype=torch.float64)
+    values = categorical_kl_estimate("k3", log_p, torch.full_like(log_p, -3.0))
+    assert values.ge(0).all()
+    assert values.eq(0).tolist() == log_p.eq(-3.0).tolist()
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_reference_gets_no_gradient(kind):
+    log_p, log_q = torch.tensor([-1.0], requires_grad=True), torch.tensor([-2.0], requires_grad=True)
+    categorical_kl_estimate(kind, log_p, log_q).sum().backward()
+    assert log_p.grad.abs() > 0
+    assert log_q.grad is None
+
+
+def test_an_unknown_estimate_is_refused():
+    with pytest.raises(ValueError, match="unknown KL estimate 'k4'; known: k1, k2, k3"):
+        categorical_kl_estimate("k4", torch.zeros(1), torch.zeros(1))

@@ -1,0 +1,108 @@
+"""Meters: the numbers of an iteration against plain sums, on one process and over several."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from flowrl.core.objectives import clipped_surrogate
+from flowrl.meters import Meters
+from flowrl.types import Decisions
+
+
+class Processes:
+    """Stands for an accelerator: its sums are those of this process and of the processes that reported before."""
+
+    def __init__(self, *others, count=1):
+        self.num_processes = count
+        self.others = others
+
+    def reduce(self, values, how):
+        assert how == "sum"
+        self.sums = values
+        return sum((other.sums for other in self.others), values)
+
+    def gather(self, value):
+        self.gathered = value
+        return torch.cat([value, *(other.gathered for other in self.others)])
+
+
+def metrics_of(log_ratio, advantages):
+    objective = clipped_surrogate(
+        Decisions(*(torch.tensor(column)[:, None] for column in (log_ratio, [0.0] * len(log_ratio), advantages, [True] * len(log_ratio)))),
+        clip_low=0.05,
+        clip_high=0.05,
+    )
+    return objective.metrics, objective.loss[:, 0]
+
+
+FIRST = ([0.0, 0.1, -0.1], [1.0, 2.0, -1.0], [0, 2, 0])  # log ratios, advantages, steps
+SECOND = ([0.2, -0.3], [-1.0, 1.0], [2, 2])
+
+
+def filled(*batches, kl=True, first=(True, False), norms=(2.0, 4.0)):
+    meters = Meters([0, 2])
+    for number, (log_ratio, advantages, step) in enumerate(batches):
+        metrics, loss = metrics_of(log_ratio, advantages)
+        meters.add(metrics, loss, torch.full((len(step),), 0.25 * (number + 1)) if kl else None, torch.tensor(step), first=first[number])
+    for norm in norms:
+        meters.add_grad_norm(torch.tensor(norm))
+    return meters
+
+
+def test_an_iterations_numbers_are_means_over_all_its_decisions():
+    result = filled(FIRST, SECOND).result(Processes())
+    ratio = [math.exp(x) for x in FIRST[0] + SECOND[0]]
+    steps = FIRST[2] + SECOND[2]
+    approx = {"rel": 1e-6}
+    assert result["ratio/mean"] == pytest.approx(statistics.fmean(ratio), **approx)
+    assert result["ratio/std"] == pytest.approx(statistics.pstdev(ratio), **approx)
+    for step in (0, 2):
+        mine = [r for r, s in zip(ratio, steps, strict=True) if s == step]
+        assert result[f"ratio/step_{step}/mean"] == pytest.approx(statistics.fmean(mine), **approx)
+        assert result[f"ratio/step_{step}/std"] == pytest.approx(statistics.pstdev(mine), **approx)
+    assert result["clip/high"] == pytest.approx(1 / 5)  # ratio e^.1 with advantage 2
+    assert result["clip/low"] == pytest.approx(1 / 5)  # ratio e^-.1 with advantage -1
+    assert result["loss"] == pytest.approx((-1 - 2 * 1.05 + 0.95 + math.exp(0.2) - math.exp(-0.3)) / 5, **approx)
+    assert result["kl/mean"] == pytest.approx((3 * 0.25 + 2 * 0.5) / 5)
+    assert result["grad_norm"] == 3.0
+
+
+def test_the_first_updates_log_ratio_ignores_later_updates():
+    assert filled(FIRST, SECOND).result(Processes())["ratio/max_abs_log_first"] == pytest.approx(0.1)
+    assert filled(FIRST, SECOND, first=(True, True)).result(Processes())["ratio/max_abs_log_first"] == pytest.approx(0.3)
+
+
+def test_without_a_kl_there_is_no_kl_metric():
+    assert "kl/mean" not in filled(FIRST, SECOND, kl=False).result(Processes())
+
+
+def test_ratios_that_are_one_have_no_spread():
+    result = filled(([0.0] * 3, [1.0, 0.0, -1.0], [0, 2, 2])).result(Processes())
+    assert (result["ratio/mean"], result["ratio/std"], result["ratio/max_abs_log_first"], result["clip/low"], result["clip/high"]) == (1.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("kl", [True, False])
+def test_several_processes_agree_with_one_that_saw_everything(kl):
+    one = filled(FIRST, SECOND, kl=kl, first=(True, True)).result(Processes())
+    other = Processes(count=2)
+    for accelerator, (log_ratio, advantages, step), value in ((other, FIRST, 0.25), (Processes(other, count=2), SECOND, 0.5)):
+        meters = Meters([0, 2])
+        metrics, loss = metrics_of(log_ratio, advantages)
+        meters.add(metrics, loss, torch.full((len(loss),), value) if kl else None, torch.tensor(step), first=True)
+        meters.add_grad_norm(torch.tensor(3.0))
+        result = meters.result(accelerator)
+    assert result == pytest.approx(one, rel=1e-6)
+
+
+def test_metrics_are_plain_numbers():
+    assert all(type(value) is float for value in filled(FIRST, SECOND).result(Processes()).values())
+
+
+def test_the_kl_is_kept_without_its_gradient():
+    meters = Meters([0])
+    metrics, loss = metrics_of([0.0], [1.0])
+    meters.add(metrics, loss, torch.ones(1, requires_grad=True), torch.tensor([0]), first=True)
+    meters.add_grad_norm(torch.ones((), requires_grad=True))
+    assert meters.result(Processes())["kl/mean"] == 1.0
