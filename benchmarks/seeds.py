@@ -58,10 +58,11 @@ def main(
     out: Annotated[Path, typer.Option(help="the table to write")],
     seeds: Annotated[int, typer.Option(help="seeds 0 .. seeds - 1")] = 3,
     runs: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs/seeds"),
+    only: Annotated[int | None, typer.Option(help="train this seed and stop: several processes can share the work")] = None,
 ) -> None:
     """Train with every seed and write the table; run directories that are complete are used as they are."""
     folders, seconds = [], []
-    for seed in range(seeds):
+    for seed in range(seeds) if only is None else [only]:
         run = runs / f"{config.stem}-{seed}"
         loaded = load_config(config, [f"run_dir={run}", f"seed={seed}"])
         start = time.time()
@@ -70,6 +71,8 @@ def main(
             (run / "wall_clock.json").write_text(json.dumps({"seconds": time.time() - start}))
         folders.append(run)
         seconds.append(json.loads((run / "wall_clock.json").read_text())["seconds"])
+    if only is not None:
+        return
     metrics, _ = read_records(folders[0] / "metrics.jsonl")
     timings = [read_records(run / "timings.jsonl")[0][-1]["elapsed"] for run in folders]
     versions = json.loads((folders[0] / "versions.json").read_text())

@@ -2,7 +2,7 @@
 
     python scripts/build_tiny_sd3.py --out flowrl/assets/tiny-sd3
 
-Deterministic for a given number of threads and torch version. About 40 minutes on two CPU cores (the log of the shipped build is docs/tiny-sd3.md).
+Deterministic for a given number of threads and torch version. About 40 minutes on one CPU core (set OMP_NUM_THREADS=1; the log of the shipped build is docs/tiny-sd3.md).
 
 The model is misaligned on purpose: with the probabilities below a picture does not match its caption (a relation is flipped; a colour, shape or
 count is off), so the pictures are clean and their alignment is what reinforcement learning has to improve. Some pairs of kinds and some counts
@@ -261,7 +261,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("flowrl/assets/tiny-sd3"),
     prompts: Annotated[Path, typer.Option(help="folder of the prompt splits")] = Path("flowrl/assets/prompts/tiny-sd3"),
     vae_steps: Annotated[int, typer.Option()] = 2600,
-    steps: Annotated[int, typer.Option(help="transformer updates of 256 images")] = 4500,
+    steps: Annotated[int, typer.Option(help="transformer updates of 256 images")] = 5000,
     num_scenes: Annotated[int, typer.Option(help="pictures drawn for the transformer")] = 50_000,
     seed: Annotated[int, typer.Option()] = 0,
     cache: Annotated[Path | None, typer.Option(help="keep the trained VAE here and reuse it when it exists")] = None,
