@@ -15,7 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BACKGROUND", "COLORS", "FORMS", "NUMBERS", "PALETTE", "RELATIONS", "SHAPES", "SIZE", "Scene", "caption", "parse_caption", "render", "shape_coverage"]
+__all__ = [
+    "BACKGROUND",
+    "COLORS",
+    "FORMS",
+    "NUMBERS",
+    "PALETTE",
+    "RELATIONS",
+    "SHAPES",
+    "SIZE",
+    "Scene",
+    "caption",
+    "parse_caption",
+    "place",
+    "render",
+    "shape_coverage",
+]
 
 SIZE = 32
 COLORS = ("red", "green", "blue", "yellow")

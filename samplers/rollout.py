@@ -9,6 +9,7 @@ Letters: P groups, N nodes of the plan, L... latent axes, R training rows, E tra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -165,7 +166,7 @@ def sample_ode(velocity: Velocity, noise: Tensor, sigmas: Sequence[float], promp
         [B, L...] clean latents.
     """
     euler, x = load_kernel("ode"), noise
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         here, after = (torch.full((len(x),), s, dtype=torch.float64) for s in (sigma, sigma_next))
         x = euler.moments(x, velocity(x, here, prompt_rows), Step(here, after, torch.full_like(here, sigmas[1]), torch.zeros_like(here))).mean
     return x

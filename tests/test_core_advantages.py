@@ -107,7 +107,7 @@ def test_groups_are_centred_and_the_zscore_has_unit_spread():
 
 
 def test_the_table_names_its_functions():
-    assert ADVANTAGES == {"group_zscore": group_zscore, "global_std": global_std, "group_mean": group_mean}
+    assert list(ADVANTAGES.items()) == [("group_zscore", group_zscore), ("global_std", global_std), ("group_mean", group_mean)]
 
 
 def test_a_chains_decisions_have_their_own_samples_advantage():

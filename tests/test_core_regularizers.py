@@ -21,7 +21,9 @@ def divergence(form, velocity, ref_velocity, x=None):
     """[9]: one row per step of SD3's grid."""
     x = torch.zeros_like(velocity) if x is None else x
     mean, std = FlowSde().moments(x, velocity, STEP)
-    return gaussian_kl(form, mean=mean, ref_mean=FlowSde().moments(x, ref_velocity, STEP).mean, velocity=velocity, ref_velocity=ref_velocity, std=std, length=LENGTH)
+    return gaussian_kl(
+        form, mean=mean, ref_mean=FlowSde().moments(x, ref_velocity, STEP).mean, velocity=velocity, ref_velocity=ref_velocity, std=std, length=LENGTH
+    )
 
 
 @pytest.fixture

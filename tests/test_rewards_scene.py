@@ -172,7 +172,7 @@ def test_every_single_repair_of_a_broken_scene_raises_the_graded_score():
     gain = repaired - broken
     for name, depth in itertools.product(["colour", "shape", "count up", "count down", "relation"], [1, 2]):
         mine = torch.tensor([case[2] == name and case[4] == depth for case in cases])
-        assert mine.sum() >= 50, f"too few repairs of {name} with {depth} defects to say anything"
+        assert mine.sum() >= 30, f"too few repairs of {name} with {depth} defects to say anything"
         assert gain[mine].min() > 0.01, f"{name} with {depth} defects: {cases[int(torch.where(mine, gain, 9.0).argmin())]}"
     assert strict[torch.tensor([case[4] == 1 for case in cases])].mean() > 0.99
 
@@ -180,10 +180,10 @@ def test_every_single_repair_of_a_broken_scene_raises_the_graded_score():
 # --- smoothness ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def largest_jump(picture, scene, num_frames):
-    """Largest change of the graded score along a path, between moments 1 / num_frames apart; ``picture`` draws the moments t [T] in [0, 1].
+def jumps(picture, scene, num_moments, bound):
+    """Changes of the graded score above ``bound`` between moments 1 / num_moments apart; ``picture`` draws the moments t [T] in [0, 1].
 
-    Only where a coarse pass finds a change of more than 0.02 in 1/100 is there a fine one.
+    A fine pass is made only where a coarse one, in hundredths, finds a change above the bound.
     """
 
     def graded(moments):
@@ -191,12 +191,12 @@ def largest_jump(picture, scene, num_frames):
 
     coarse = torch.linspace(0, 1, 101)
     values = graded(coarse)
-    steep = torch.nonzero((values[1:] - values[:-1]).abs() > 0.02).flatten()
+    steep = torch.nonzero((values[1:] - values[:-1]).abs() > bound).flatten()
     if not len(steep):
-        return 0.02
-    fine = coarse[steep, None] + torch.linspace(0, 0.01, num_frames // 100 + 1)
+        return []
+    fine = coarse[steep, None] + torch.linspace(0, 0.01, num_moments // 100 + 1)
     values = graded(fine.flatten()).view_as(fine)
-    return (values[:, 1:] - values[:, :-1]).abs().max().item()
+    return [change for change in (values[:, 1:] - values[:, :-1]).abs().flatten().tolist() if change > bound]
 
 
 def other_kind(kind, attribute, rng):
@@ -208,10 +208,10 @@ def other_kind(kind, attribute, rng):
 
 @pytest.mark.parametrize("change", ["fade", "recolour", "reshape", "another picture"])
 def test_blending_one_picture_into_another_makes_no_jump(change):
-    # frames differ by 1/4000 of full contrast, 0.0002 of any pixel. A true jump would not shrink with the step; what remains is the steepest slope,
-    # where a colour that is half there becomes the nearest one
+    # moments differ by 1/8000 of full contrast. Steep slopes, where a colour that is half there becomes the nearest one, shrink with the step; a true
+    # jump does not: measured below 0.01, and up to 0.045 where objects of unrelated pictures overlap and one takes the other's place
     rng = random.Random(4)
-    scenes, centres, images = random_scenes(4, 24)
+    scenes, centres, images = random_scenes(4, 16)
     for number, (scene, places, image) in enumerate(zip(scenes, centres.tolist(), images, strict=True)):
         kinds = list(scene.kinds)
         if change == "fade":
@@ -220,12 +220,12 @@ def test_blending_one_picture_into_another_makes_no_jump(change):
             other = images[number - 1]
         else:
             other = draw([([other_kind(kinds[0], int(change == "reshape"), rng), *kinds[1:]], places)])[0]
-        assert largest_jump(lambda t, a=other, b=image: a + (b - a) * t.view(-1, 1, 1, 1), scene, 4000) < 0.05
+        assert not jumps(lambda t, a=other, b=image: a + (b - a) * t.view(-1, 1, 1, 1), scene, 8000, bound=0.06 if change == "another picture" else 0.03)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.4, 1.0])
 def test_moving_an_object_makes_no_jump(slope):
-    # 3 pixels across the pixel grid, in steps of 1/300 pixel
+    # 3 pixels across the pixel grid, in steps of 1/330 pixel
     scenes, centres, _ = random_scenes(10, 12)
     for scene, places in zip(scenes, centres, strict=True):
 
@@ -234,7 +234,7 @@ def test_moving_an_object_makes_no_jump(slope):
             path[:, 0] += (3 * t[:, None] - 1.5) * torch.tensor([1.0, slope])
             return render([scene] * len(t), path)
 
-        assert largest_jump(picture, scene, 1000) < 0.03
+        assert not jumps(picture, scene, 1000, bound=0.02)
 
 
 @pytest.mark.parametrize("relation", range(4))
@@ -383,7 +383,9 @@ def test_captions_are_read_whatever_their_case_and_full_stop():
     assert parse_caption(" An image of a Red circle Left of a blue square. ") == Scene(((0, 0), (2, 1)), 0)
 
 
-@pytest.mark.parametrize("text", ["", "a red", "a red circle above", "four red circles", "a red circle and a blue square and a green circle", "not a red circle"])
+@pytest.mark.parametrize(
+    "text", ["", "a red", "a red circle above", "four red circles", "a red circle and a blue square and a green circle", "not a red circle"]
+)
 def test_other_sentences_are_refused(text):
     with pytest.raises(ValueError, match="not a scene caption"):
         parse_caption(text)

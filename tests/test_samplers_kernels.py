@@ -78,6 +78,12 @@ def test_the_velocity_factor_is_one_plus_half_a_squared_after_the_guarded_first_
     torch.testing.assert_close(kap[1:], torch.full_like(kap[1:], 1.32), **FP64)
 
 
+def test_a_first_step_over_several_grid_points_is_still_guarded_by_the_second():
+    step = Step(*(torch.tensor([value], dtype=torch.float64) for value in (1.0, 0.5, 0.9, 0.7)))
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    assert FlowSde().moments(zero, zero, step).std.item() == pytest.approx(0.7 * math.sqrt(0.5 / 0.1), rel=1e-12)
+
+
 def test_the_stds_on_sd3s_grid_have_the_published_values():
     zero = torch.zeros(10, 1, dtype=torch.float64)
     std = FlowSde().moments(zero, zero, steps(SD3_TEN, 0.7)).std
@@ -123,7 +129,9 @@ def test_twenty_thousand_draws_of_the_executor_have_the_declared_mean_and_std():
     count = 20_000
     sigmas = (1.0, 0.6, 0.3)
     plan = chain_plan(sigmas, 1, noise_level=0.5, train_fraction=0.5, same_noise=False, kernel="flow_sde")
-    rollout = execute(lambda x, s, p: x * 0.25, plan, torch.zeros(1, dtype=torch.int64), [torch.Generator().manual_seed(3)], (count,), device=torch.device("cpu"))
+    rollout = execute(
+        lambda x, s, p: x * 0.25, plan, torch.zeros(1, dtype=torch.int64), [torch.Generator().manual_seed(3)], (count,), device=torch.device("cpu")
+    )
     step = Step(rollout.edge_sigma, rollout.edge_sigma_next, rollout.edge_sigma_guard, rollout.edge_noise_level)
     mean, std = FlowSde().moments(rollout.row_x, rollout.row_x * 0.25, step)
     z = (rollout.edge_x_next - mean) / std.item()

@@ -1,6 +1,7 @@
 """The executor: every distinct latent is one network row, groups are independent of each other, and a rollout is what its plan says."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -237,6 +238,6 @@ def test_the_ode_sampler_is_euler_on_the_grid():
     noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     row = torch.tensor([0, 1, 2])
     x = noise
-    for sigma, after in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
+    for sigma, after in itertools.pairwise(SIGMAS):
         x = x + (after - sigma) * Counted()(x, torch.full((3,), sigma), row)
     torch.testing.assert_close(sample_ode(Counted(), noise, SIGMAS, row), x)

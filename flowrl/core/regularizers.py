@@ -23,7 +23,14 @@ __all__ = ["categorical_kl_estimate", "gaussian_kl"]
 
 
 def gaussian_kl(
-    form: Literal["fg_code", "exact_mean", "v_mse", "x_mse"], *, mean: Tensor, ref_mean: Tensor, velocity: Tensor, ref_velocity: Tensor, std: Tensor, length: Tensor
+    form: Literal["fg_code", "exact_mean", "v_mse", "x_mse"],
+    *,
+    mean: Tensor,
+    ref_mean: Tensor,
+    velocity: Tensor,
+    ref_velocity: Tensor,
+    std: Tensor,
+    length: Tensor,
 ) -> Tensor:
     """Divergence of one step's transition from the reference's, [N], >= 0, with the gradient of ``mean`` and ``velocity``.
 
