@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
-from rewards.scene_world import BACKGROUND, COLORS, PALETTE, SHAPES, Scene, parse_caption, shape_coverage
+from rewards.scene_world import BACKGROUND, COLORS, PALETTE, SHAPES, SIZE, Scene, parse_caption, shape_coverage
 
 __all__ = ["SceneReward", "detect", "score_scenes"]
 
@@ -33,6 +33,8 @@ _COLOR_SOFTNESS = 0.010  # squared RGB distance
 _OBJECT_IOU, _OBJECT_SOFTNESS = 0.55, 0.04
 _KIND_SOFTNESS = 0.025  # IoU difference between kinds (colour and shape)
 _RELATION_SOFTNESS = 1.5  # pixels
+_EXTENT, _EXTENT_SOFTNESS = 9.2, 0.4  # pixels from a centre that belong to an object
+_CLUTTER_SOFTNESS = 6.0  # squared RGB distance, summed over pixels, at half of its effect; an object has about 60
 
 
 @cache
@@ -49,13 +51,14 @@ def _assignments() -> Tensor:
     return torch.tensor(list(itertools.permutations(range(_NUM_CANDIDATES), 3)))
 
 
-def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find candidate objects.
 
     Args:
         images: [B, 3, 32, 32] float in [0, 1].
     Returns:
-        presence [B, N] in [0, 1], probabilities of each kind [B, N, C, S], centres [B, N, 2] (x right, y down, in fractions of pixels).
+        presence [B, N] in [0, 1], probabilities of each kind [B, N, C, S], centres [B, N, 2] (x right, y down, in fractions of pixels),
+        and clutter [B] >= 0: squared RGB distance from the background, summed over the pixels that are near no present object.
     """
     b, _, h, w = images.shape
     colors = torch.cat([PALETTE, BACKGROUND[None]]).to(images)
@@ -86,7 +89,16 @@ def detect(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kinds = torch.softmax(close / _KIND_SOFTNESS, dim=1).transpose(1, 2).unflatten(2, (len(COLORS), len(SHAPES)))
     offset = torch.stack([_vertex(best, row, column, 0, 1), _vertex(best, row, column, 1, 0)], dim=-1)
     centres = torch.stack([column, row], dim=-1) + (0.5 + _PATCH // 2 - _PAD) + offset
-    return presence, kinds, centres
+    return presence, kinds, centres, _clutter(distance[..., -1].clamp_min(0), presence, centres)
+
+
+def _clutter(off_background: Tensor, presence: Tensor, centres: Tensor) -> Tensor:
+    """Sum [B] of off_background [B, HW] over the pixels further than an object's extent from every candidate, by smooth weights."""
+    axis = torch.arange(SIZE, device=centres.device, dtype=centres.dtype) + 0.5
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    distance = torch.cdist(torch.stack([x, y], -1).view(1, -1, 2).expand(len(centres), -1, -1), centres)  # [B, HW, N]
+    free = torch.sigmoid((distance + 12 * (1 - presence)[:, None] - _EXTENT) / _EXTENT_SOFTNESS).amin(-1)
+    return (off_background * free).sum(1)
 
 
 def _vertex(response: Tensor, row: Tensor, column: Tensor, down: int, right: int) -> Tensor:
@@ -123,7 +135,7 @@ def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     Returns:
         graded [B] float32 in [0, 1] and strict [B] float32, 0 or 1.
     """
-    presence, kinds, centres = detect(images)
+    presence, kinds, centres, clutter = detect(images)
     want_color, want_shape, count, relation = _encode(scenes, images.device)
     b, k = want_color.shape
     same_color = torch.gather(kinds.sum(3), 2, want_color[:, None].expand(b, _NUM_CANDIDATES, k))  # [B, N, K]
@@ -150,7 +162,7 @@ def score_scenes(images: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     quality = torch.where(related, 0.6 * objects + 0.4 * both * holds, objects)
     chosen = torch.stack([presence[:, choice[:, j]] * used[:, None, j] for j in range(k)]).sum(0)
     extra = (presence.sum(1, keepdim=True) - chosen).clamp_min(0)
-    graded = (quality / (1 + 0.5 * extra)).amax(1)
+    graded = (quality / (1 + 0.5 * extra)).amax(1) / (1 + clutter / (clutter + _CLUTTER_SOFTNESS))
 
     exact = (presence > 0.5)[:, :, None] & (kinds.flatten(2).argmax(-1)[:, :, None] == want)
     all_found = (exact[:, choice, slot] | ~used[:, None]).all(-1)

@@ -267,7 +267,7 @@ def test_graded_scores_barely_move_under_faint_noise(two_thousand):
 
 def test_the_detector_finds_every_object_its_kind_and_its_centre():
     scenes, centres, images = random_scenes(6, 300)
-    presence, kinds, found = detect(images)
+    presence, kinds, found, _ = detect(images)
     for i, scene in enumerate(scenes):
         n = len(scene.kinds)
         assert (presence[i] > 0.5).sum() == n
@@ -280,7 +280,7 @@ def test_the_detector_finds_every_object_its_kind_and_its_centre():
 
 def test_kinds_are_probabilities():
     images = torch.rand(20, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
-    presence, kinds, _ = detect(images)
+    presence, kinds, _, _ = detect(images)
     torch.testing.assert_close(kinds.sum((2, 3)), torch.ones_like(presence))
     assert presence.ge(0).all()
     assert presence.le(1).all()
