@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,16 +60,13 @@ def main(
     only: Annotated[int | None, typer.Option(help="train this seed and stop: several processes can share the work")] = None,
 ) -> None:
     """Train with every seed and write the table; run directories that are complete are used as they are."""
-    folders, seconds = [], []
+    folders = []
     for seed in range(seeds) if only is None else [only]:
         run = runs / f"{config.stem}-{seed}"
         loaded = load_config(config, [f"run_dir={run}", f"seed={seed}"])
-        start = time.time()
         if not (run / "report.html").exists():
             train(loaded, run if run.exists() else None)
-            (run / "wall_clock.json").write_text(json.dumps({"seconds": time.time() - start}))
         folders.append(run)
-        seconds.append(json.loads((run / "wall_clock.json").read_text())["seconds"])
     if only is not None:
         return
     metrics, _ = read_records(folders[0] / "metrics.jsonl")
@@ -79,9 +75,9 @@ def main(
     head = [
         f"# {config.name}: {seeds} seeds",
         "",
-        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, commit {versions['commit']}.",
+        f"{cpu_name()}, {os.cpu_count()} cores; torch {torch.__version__}, commit {versions['commit']}.",
         f"Each run: {metrics[-1]['iteration']} iterations, {metrics[-1]['images']:,} images, {metrics[-1]['nfe/total']:,} network rows (forward and backward);",
-        f"training {', '.join(f'{t:.0f} s' for t in timings)}; whole run with evaluations {', '.join(f'{s:.0f} s' for s in seconds)}.",
+        f"{', '.join(f'{t:.0f} s' for t in timings)} of training with {versions['threads']} thread(s), evaluations not counted.",
         "Means over at least 512 images per prompt set, ± 95 % interval clustered by prompt; guidance 1.0 means no classifier-free guidance.",
         "",
     ]

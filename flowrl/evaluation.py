@@ -23,6 +23,7 @@ from flowrl.checkpoint import load_policy
 from flowrl.config import Config, RewardConfig, RolloutConfig, load_config
 from flowrl.data import load_prompts
 from flowrl.policies.sd3 import Sd3Policy
+from flowrl.processes import make_accelerator
 from flowrl.seeds import generator
 from flowrl.statistics import mean_ci95
 from flowrl.tracking import replace_file
@@ -182,7 +183,7 @@ def evaluate_run(
     prompts = {name: load_prompts(config.data.eval[name]) for name in (splits or config.data.eval)}
     scorer = build_rewards(entries)
     rows: list[dict[str, object]] = []
-    accelerator = Accelerator(cpu=config.training.device == "cpu", mixed_precision="no")
+    accelerator = make_accelerator(config.training.device)
     policy = Sd3Policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
     sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
     evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from flowrl.checkpoint import load_policy
-from flowrl.config import ModelConfig, RolloutConfig, load_config
+from flowrl.config import ModelConfig, RolloutConfig, TrainingConfig, load_config
 from flowrl.evaluation import sigmas_of
 from flowrl.policies.sd3 import Sd3Policy
+from flowrl.processes import make_accelerator
 from flowrl.seeds import generator
 from flowrl.tracking import explain_full_disk, replace_file
 from flowrl.types import UserError
@@ -65,12 +65,12 @@ def sample_to_folder(
     if taken := [file for file in files if file.exists()]:
         raise UserError(f"{taken[0]} exists already; choose another folder to write to")
     if run is None:
-        settings, rollout, rows, cpu = ModelConfig(path=model, adapter="full"), RolloutConfig(), 64, False
+        settings, rollout, training = ModelConfig(path=model, adapter="full"), RolloutConfig(), TrainingConfig()
     else:
         config = load_config(run / "config.yaml")
-        settings, rollout = config.model.model_copy(update={"path": model}), config.rollout
-        rows, cpu = config.training.rows_per_forward, config.training.device == "cpu"
-    policy = Sd3Policy(settings, Accelerator(cpu=cpu, mixed_precision="no").device, rows_per_forward=rows)
+        settings, rollout, training = config.model.model_copy(update={"path": model}), config.rollout, config.training
+    rows = training.rows_per_forward
+    policy = Sd3Policy(settings, make_accelerator(training.device).device, rows_per_forward=rows)
     if run is not None:
         load_policy(run, policy, checkpoint)
     sigmas = sigmas_of(rollout, num_steps, policy)

@@ -23,8 +23,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 import flowrl
@@ -41,6 +40,7 @@ from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from flowrl.meters import Meters
 from flowrl.policies.ema import Ema
 from flowrl.policies.sd3 import NetworkRows, Sd3Policy
+from flowrl.processes import make_accelerator
 from flowrl.progress import TrainingProgress
 from flowrl.report import write_report
 from flowrl.seeds import derive_seed, generator
@@ -78,14 +78,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.accelerator = Accelerator(
-            cpu=config.training.device == "cpu",
-            mixed_precision="no",  # model.dtype decides; what `accelerate config` wrote down for other projects must not
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)],
-        )
-        if config.training.device == "cuda" and self.accelerator.device.type != "cuda":
-            raise UserError("training.device: cuda was asked for and torch sees none; use auto or cpu")
+        self.accelerator = make_accelerator(config.training.device)
         world = self.accelerator.num_processes
         if config.rollout.groups_per_iteration < world:
             groups = config.rollout.groups_per_iteration
@@ -95,9 +88,7 @@ class Trainer:
         self.splits = {name: load_prompts(path) for name, path in config.data.eval.items()}
         self.rewards = build_rewards(config.rewards)
         eval_rewards = build_rewards(config.evaluation.rewards) if config.evaluation.rewards else self.rewards
-        self.policy = Sd3Policy(
-            config.model, self.accelerator.device, rows_per_forward=config.training.rows_per_forward, keep_reference=config.kl.weight > 0
-        )
+        self.policy = Sd3Policy(config.model, self.accelerator.device, rows_per_forward=config.training.rows_per_forward, keep_reference=config.kl.weight > 0)
         self.policy.training_module = self.accelerator.prepare(self.policy.transformer)
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
         self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction)
@@ -211,9 +202,7 @@ class Trainer:
         if not len(valid):
             raise UserError("no sample of the iteration could be scored; see the rewards' own messages")
         spread = valid.std(correction=config.ddof) if len(valid) > config.ddof else torch.zeros(())
-        raw = ADVANTAGES[config.name](
-            total.values.double(), group, total.valid, num_groups, eps=config.eps, ddof=config.ddof, global_spread=spread
-        )
+        raw = ADVANTAGES[config.name](total.values.double(), group, total.valid, num_groups, eps=config.eps, ddof=config.ddof, global_spread=spread)
         clamped = raw.clamp(-config.clip, config.clip)
         _, std, count = group_statistics(total.values.double(), group, total.valid, num_groups, config.ddof)
         metrics: dict[str, Any] = {}
@@ -518,9 +507,7 @@ def _remove_start(run_dir: Path) -> None:
         run_dir.rmdir()
 
 
-def _loop(
-    trainer: Trainer, logger: RunLogger, progress: TrainingProgress, identity: dict[str, Any], start: int, stop: list[bool], *, fresh: bool
-) -> None:
+def _loop(trainer: Trainer, logger: RunLogger, progress: TrainingProgress, identity: dict[str, Any], start: int, stop: list[bool], *, fresh: bool) -> None:
     """Iterations, evaluations and checkpoints from ``start`` to the end, or to the first Ctrl-C."""
     config = trainer.config
     e, total = config.evaluation, config.training.iterations

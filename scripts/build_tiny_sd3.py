@@ -2,7 +2,8 @@
 
     python scripts/build_tiny_sd3.py --out flowrl/assets/tiny-sd3
 
-Deterministic for a given number of threads and torch version. About 40 minutes on one CPU core (set OMP_NUM_THREADS=1; the log of the shipped build is docs/tiny-sd3.md).
+Deterministic for a given number of threads and torch version. About 40 minutes on one CPU core (set OMP_NUM_THREADS=1); docs/tiny-sd3.md has the
+log of the shipped build.
 
 The model is misaligned on purpose: with the probabilities below a picture does not match its caption (a relation is flipped; a colour, shape or
 count is off), so the pictures are clean and their alignment is what reinforcement learning has to improve. Some pairs of kinds and some counts

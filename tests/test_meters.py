@@ -38,7 +38,7 @@ def metrics_of(log_ratio, advantages):
 
 
 FIRST = ([0.0, 0.1, -0.1], [1.0, 2.0, -1.0], [0, 2, 0])  # log ratios, advantages, steps
-SECOND = ([0.2, -0.3], [-1.0, 1.0], [2, 2])
+SECOND = ([0.2, -0.3], [-1.0, 1.0], [2, 0])
 
 
 def filled(*batches, kl=True, first=(True, False), norms=(2.0, 4.0)):
@@ -87,7 +87,7 @@ def test_ratios_that_are_one_have_no_spread():
 def test_several_processes_agree_with_one_that_saw_everything(kl):
     one = filled(FIRST, SECOND, kl=kl, first=(True, True)).result(Processes())
     other = Processes(count=2)
-    for accelerator, (log_ratio, advantages, step), value in ((other, FIRST, 0.25), (Processes(other, count=2), SECOND, 0.5)):
+    for accelerator, (log_ratio, advantages, step), value in ((other, SECOND, 0.5), (Processes(other, count=2), FIRST, 0.25)):
         meters = Meters([0, 2])
         metrics, loss = metrics_of(log_ratio, advantages)
         meters.add(metrics, loss, torch.full((len(loss),), value) if kl else None, torch.tensor(step), first=True)

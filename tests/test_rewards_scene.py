@@ -187,7 +187,7 @@ def jumps(picture, scene, num_moments, bound):
     """
 
     def graded(moments):
-        return score_scenes(picture(moments), [scene] * len(moments))[0]
+        return torch.cat([score_scenes(picture(part), [scene] * len(part))[0] for part in moments.split(256)])
 
     coarse = torch.linspace(0, 1, 101)
     values = graded(coarse)
@@ -211,7 +211,7 @@ def test_blending_one_picture_into_another_makes_no_jump(change):
     # moments differ by 1/24000 of full contrast. Steep slopes, where a colour that is half there becomes the nearest one, shrink with the step; a true
     # jump does not: measured below 0.012, and up to 0.045 where objects of unrelated pictures overlap and one takes the other's place
     rng = random.Random(4)
-    scenes, centres, images = random_scenes(4, 16)
+    scenes, centres, images = random_scenes(4, 10)
     for number, (scene, places, image) in enumerate(zip(scenes, centres.tolist(), images, strict=True)):
         kinds = list(scene.kinds)
         if change == "fade":
@@ -226,7 +226,7 @@ def test_blending_one_picture_into_another_makes_no_jump(change):
 @pytest.mark.parametrize("slope", [0.0, 0.4, 1.0])
 def test_moving_an_object_makes_no_jump(slope):
     # 3 pixels across the pixel grid, in steps of 1/330 pixel
-    scenes, centres, _ = random_scenes(10, 12)
+    scenes, centres, _ = random_scenes(10, 8)
     for scene, places in zip(scenes, centres, strict=True):
 
         def picture(t, scene=scene, places=places):
@@ -239,14 +239,14 @@ def test_moving_an_object_makes_no_jump(slope):
 
 @pytest.mark.parametrize("relation", range(4))
 def test_a_relation_is_gained_and_lost_smoothly(relation):
-    # two objects circle each other once, in steps of 0.03 pixels
+    # two objects circle each other once, in steps of 0.06 pixels
     scene = Scene(((0, 1), (2, 2)), relation)
-    angle = torch.linspace(0, 2 * torch.pi, 1601)
+    angle = torch.linspace(0, 2 * torch.pi, 801)
     arm = 8 * torch.stack([angle.cos(), angle.sin()], dim=-1)
     places = torch.stack([16.2 + arm, 15.9 - arm, torch.zeros_like(arm)], dim=1)
-    images = render([scene] * 1601, places)
-    graded, strict = score_scenes(images, [scene] * 1601)
-    assert (graded[1:] - graded[:-1]).abs().max() < 0.05
+    images = render([scene] * 801, places)
+    graded, strict = score_scenes(images, [scene] * 801)
+    assert (graded[1:] - graded[:-1]).abs().max() < 0.09
     right, down = (places[:, 0] - places[:, 1]).unbind(1)
     along, across = (right, down) if relation < 2 else (down, right)
     margin = (along if relation % 2 else -along) - across.abs()

@@ -168,6 +168,17 @@ def test_a_decision_above_a_branch_reaches_all_leaves_below_it():
     assert sorted(map(tuple, rollout.leaf_edge.tolist())) == [(0, 0), (0, 1), (1, 0), (2, 1), (3, 2), (3, 3), (4, 2), (5, 3)]
 
 
+def test_children_start_from_their_own_parent_in_an_uneven_tree():
+    # two branches; the second one branches again, and the children are listed across
+    nodes = (Node(-1, 0), Node(0, 1, 0.7, True), Node(0, 1, 0.7, True), Node(2, 2), Node(1, 2), Node(2, 2))
+    sigmas = (1.0, 0.6, 0.0)
+    rollout = roll_out(Plan(sigmas, nodes, "flow_sde"), [0])
+    left, right = (sample_ode(Counted(), x[None], (0.6, 0.0), torch.tensor([10])) for x in rollout.edge_x_next)
+    torch.testing.assert_close(rollout.leaves, torch.cat([right, left, right]))
+    assert sorted(map(tuple, rollout.leaf_edge.tolist())) == [(0, 1), (1, 0), (1, 2)]
+    assert rollout.forward_rows == 3
+
+
 def test_paths_of_different_lengths_end_in_their_own_wave():
     # the second child jumps from step 1 to the end: it is a leaf one wave before its sibling's child
     nodes = (Node(-1, 0), Node(0, 1), Node(1, 3), Node(1, 2), Node(3, 3))

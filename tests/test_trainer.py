@@ -145,7 +145,9 @@ def test_the_gradient_is_that_of_reinforce_on_the_gaussian_steps(configure: Conf
     sigma, after = rollout.edge_sigma, rollout.edge_sigma_next
     noise = rollout.edge_noise_level * (sigma / torch.where(sigma < 1, 1 - sigma, 1 - rollout.edge_sigma_guard)).sqrt()
     length = sigma - after
-    velocity = trainer.policy.velocity(guidance_scale)(rollout.row_x, rollout.row_sigma, trainer.policy.prompt_rows([p.text for p in prompts])[rollout.row_group])
+    velocity = trainer.policy.velocity(guidance_scale)(
+        rollout.row_x, rollout.row_sigma, trainer.policy.prompt_rows([p.text for p in prompts])[rollout.row_group]
+    )
 
     def wide(values: Tensor) -> Tensor:
         return values.float()[:, None, None, None]
@@ -170,15 +172,11 @@ def test_the_gradient_is_that_of_reinforce_on_the_gaussian_steps(configure: Conf
 
 @pytest.mark.parametrize("reduction", ["mean", "group_mean"])
 @pytest.mark.parametrize("same_noise", ["true", "false"])
-def test_the_size_of_a_micro_batch_does_not_change_the_update(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, reduction: str, same_noise: str
-) -> None:
+def test_the_size_of_a_micro_batch_does_not_change_the_update(configure: Configure, monkeypatch: pytest.MonkeyPatch, reduction: str, same_noise: str) -> None:
     found = {}
     for size in (1, 5, 1000):
         trainer = Trainer(
-            configure(
-                f"training.rows_per_backward={size}", f"objective.reduction={reduction}", f"rollout.same_noise={same_noise}", "kl.weight=0.01", LARGE_EPS
-            )
+            configure(f"training.rows_per_backward={size}", f"objective.reduction={reduction}", f"rollout.same_noise={same_noise}", "kl.weight=0.01", LARGE_EPS)
         )
         move_weights(trainer)
         rollout, advantages, prompts = roll_out(trainer)

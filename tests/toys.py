@@ -274,7 +274,7 @@ def _die_at(place: str) -> None:
 def _serve() -> None:
     import flowrl.cli
     import flowrl.sampling
-    import flowrl.trainer  # noqa: F401
+    import flowrl.trainer
 
     for line in sys.stdin:
         job = json.loads(line)

@@ -28,9 +28,8 @@ def group_statistics(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: 
 
 
 def _centred(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: int, ddof: int) -> tuple[Tensor, Tensor]:
-    mean, std, count = group_statistics(rewards, group, valid, num_groups, ddof)
-    usable = valid & (count[group] >= 2)
-    return torch.where(usable, rewards - mean[group], torch.zeros_like(rewards)), std
+    mean, std, _ = group_statistics(rewards, group, valid, num_groups, ddof)
+    return torch.where(valid, rewards - mean[group], torch.zeros_like(rewards)), std  # exactly 0 for a group's only valid sample
 
 
 def group_zscore(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: int, *, eps: float, ddof: int, global_spread: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""What does flowrl add to the bare network? Rollout and training time over the time of the bare transformer on the same rows, in one run.
+
+    python benchmarks/overhead.py --out benchmarks/overhead.md      (make bench)
+
+A: this package's rollout (without decoding and scoring), then its training phase. B: diffusers' transformer called on the same rows with the same batch
+sizes, forward only and forward + backward. A and B are timed in turn, A B A B ..., and the median of the ratios is reported, so that a machine whose
+speed drifts does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from seeds import cpu_name
+from torch import Tensor
+
+from flowrl.config import load_config
+from flowrl.seeds import derive_seed, generator
+from flowrl.trainer import Trainer, build_plan
+from samplers.rollout import concatenate, execute
+
+RECIPES = {
+    "window, shared noise (make demo)": [],
+    "window, independent noise": ["rollout.same_noise=false"],
+    "chain, 9 of 10 steps": ["rollout.plan=chain", "rollout.num_steps=10", "rollout.same_noise=false", "rollout.groups_per_iteration=4"],
+}
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+class Case:
+    """One recipe: its rollout and training phase, and the bare network on the same rows."""
+
+    def __init__(self, config: Path, overrides: list[str]) -> None:
+        self.trainer = Trainer(load_config(config, ["run_dir=unused", *overrides]))
+        trainer, rollout = self.trainer, self.trainer.config.rollout
+        self.prompts = [trainer.prompts[i] for i in trainer.sampler.groups(0)]
+        self.prompt_rows = trainer.policy.prompt_rows([p.text for p in self.prompts])
+        self.plan = build_plan(rollout, trainer.sigmas, derive_seed(0, 1))
+        self.velocity = trainer.policy.velocity(rollout.guidance_scale)
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.rollout = self.roll_out(record=True)
+        self.advantages = torch.randn(len(self.rollout.leaves), generator=torch.Generator().manual_seed(0))
+
+    def roll_out(self, record: bool = False):  # noqa: ANN201
+        trainer = self.trainer
+        chunk = max(1, trainer.config.training.rows_per_forward // max(len(wave) for wave in self.plan.waves))
+
+        def recording(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+            self.batches.append((x.clone(), sigma, rows))
+            return self.velocity(x, sigma, rows)
+
+        parts = []
+        for start in range(0, len(self.prompts), chunk):
+            numbers = range(start, min(start + chunk, len(self.prompts)))
+            generators = [generator(0, "noise", 1, g) for g in numbers]
+            rows = self.prompt_rows[start : start + len(generators)]
+            velocity = recording if record else self.velocity
+            parts.append(execute(velocity, self.plan, rows, generators, trainer.policy.latent_shape, device=trainer.policy.device))
+        return concatenate(parts)
+
+    def train(self) -> None:
+        self.trainer.update(self.rollout, self.advantages, self.prompts, list(range(len(self.prompts))), 1)
+
+    def network(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        policy = self.trainer.policy
+        size = self.trainer.config.training.rows_per_forward
+        out = [
+            policy.transformer(
+                hidden_states=a, timestep=(s * 1000).float(), encoder_hidden_states=policy._embeds[r], pooled_projections=policy._pooled[r], return_dict=False
+            )[0]
+            for a, s, r in zip(x.split(size), sigma.split(size), rows.split(size), strict=True)
+        ]
+        return torch.cat(out)
+
+    def bare_forward(self) -> None:
+        with torch.no_grad():
+            for batch in self.batches:
+                self.network(*batch)
+
+    def bare_forward_backward(self) -> None:
+        trainer, rollout = self.trainer, self.rollout
+        for rows in trainer.split(rollout, list(range(len(self.prompts))), (1, 0)):
+            for chunk in rows.split(trainer.config.training.rows_per_backward):
+                v = self.network(rollout.row_x[chunk], rollout.row_sigma[chunk], self.prompt_rows[rollout.row_group[chunk]])
+                v.mean().backward()
+            for parameter in trainer.parameters:
+                parameter.grad = None
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="the table to write")] = Path("benchmarks/overhead.md"),
+    config: Annotated[Path, typer.Option(help="the run to measure")] = Path("configs/tiny_flow_grpo.yaml"),
+    rounds: Annotated[int, typer.Option(help="timed rounds of A B")] = 15,
+) -> None:
+    """Measure, print and write the table."""
+    lines = [
+        "| recipe | phase | rows | flowrl rows/s | bare rows/s | ratio, median | min | max | bound |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, overrides in RECIPES.items():
+        case = Case(config, overrides)
+        phases = (
+            ("rollout", case.roll_out, case.bare_forward, case.rollout.forward_rows, 1.15),
+            ("training", case.train, case.bare_forward_backward, len(case.rollout.row_sigma), 1.20),
+        )
+        for phase, ours, bare, rows, bound in phases:
+            ours(), bare()
+            pairs = [(timed(ours), timed(bare)) for _ in range(rounds)]
+            ratios = [a / b for a, b in pairs]
+            ours_s, bare_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+            spread = f"{statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} | {bound}"
+            lines.append(f"| {name} | {phase} | {rows} | {rows / ours_s:.0f} | {rows / bare_s:.0f} | {spread} |")
+    versions = json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu": cpu_name()})
+    head = ["# Overhead over the bare network", "", __doc__.split("\n\n")[-1].strip().replace("\n", " "), "", f"`{versions}`, {rounds} rounds.", ""]
+    out.write_text("\n".join(head + lines) + "\n", encoding="utf-8")
+    typer.echo(out.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
