@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +18,7 @@ import typer
 from flowrl.config import load_config
 from flowrl.tracking import read_records
 from flowrl.trainer import train
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+from flowrl.versions import cpu_name
 
 
 def last_rows(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -9,15 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import platform
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +22,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
-import flowrl
 from flowrl.checkpoint import load_checkpoint, model_identity, random_state, restore_random_state, save_checkpoint
 from flowrl.checks import ratio_is_off
 from flowrl.config import Config, RolloutConfig, dump_config
@@ -46,6 +41,7 @@ from flowrl.report import write_report
 from flowrl.seeds import derive_seed, generator
 from flowrl.tracking import RunLogger, explain_full_disk, replace_file
 from flowrl.types import Decisions, Prompt, Rollout, SampleBatch, Scores, UserError
+from flowrl.versions import versions
 from rewards.composite import ConstantRewardMonitor
 from samplers.plans import Plan, chain_plan, minimum_rows, window_plan
 from samplers.rollout import concatenate, execute
@@ -387,28 +383,6 @@ def _join(parts: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
     }
 
 
-def _versions(device: torch.device) -> dict[str, Any]:
-    """What a run was made with: versions, commit (of a checkout) and machine."""
-    found: dict[str, Any] = {"flowrl": flowrl.__version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors"):
-        found[package] = metadata.version(package)
-    root = Path(flowrl.__file__).parent.parent
-    found["commit"] = None
-    if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        found["commit"] = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
-    found |= {"platform": platform.platform(), "cpu": _cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()}
-    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else found["cpu"]
-    return found
-
-
-def _cpu_name() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @contextlib.contextmanager
 def _interrupt_after_iteration() -> Iterator[list[bool]]:
     """The first Ctrl-C only sets a flag; a second one stops at once."""
@@ -469,7 +443,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             if main:
                 with explain_full_disk(run_dir):
                     replace_file(run_dir / "config.yaml", dump_config(config).encode())
-                    replace_file(run_dir / "versions.json", (json.dumps(_versions(trainer.policy.device), indent=1) + "\n").encode())
+                    replace_file(run_dir / "versions.json", (json.dumps(versions(trainer.policy.device), indent=1) + "\n").encode())
             if resume is not None:
                 logger.truncate_to(-1 if fresh else start)
                 if main:

@@ -237,9 +237,10 @@ class Whole:
     def __init__(self, folder: Path, config: Path, settings: list[str], launcher: Launcher) -> None:
         self.folder, self.config, self.settings, self.launcher = folder, config, settings, launcher
         self.count = 0
-        started = time.monotonic()
+        started = time.time()
         assert launcher.run(self.command("whole"), folder / "whole.log") == 0, (folder / "whole.log").read_text()
-        self.seconds = time.monotonic() - started
+        self.seconds = time.time() - started
+        self.training_seconds = time.time() - (self.run("whole") / "checkpoints" / "step_000004").stat().st_mtime + self.seconds / 10
         self.files, self.state = remains(self.run("whole")), last_state(self.run("whole"))
 
     def run(self, name: str) -> Path:
@@ -291,11 +292,13 @@ def test_a_run_killed_at_the_worst_places_ends_with_the_same_bytes(whole: Whole,
 
 
 def test_a_run_killed_again_and_again_at_random_moments_ends_with_the_same_bytes(whole: Whole) -> None:
-    moments = random.Random(time.time_ns())
-    kills = []
-    for attempt in range(4):  # the first moments are early, so that some of them fall before the first checkpoint
-        kills.append(moments.uniform(0.1, 1.0) * whole.seconds * (0.5 + attempt / 6))
-        whole.launcher.run_until(whole.command("random"), whole.log("random"), kills[-1])
+    seed = time.time_ns()
+    moments = random.Random(seed)
+    print(f"moments from seed {seed}")  # noqa: T201  shown when the test fails
+    whole.launcher.kill_later(whole.command("random"), whole.log("random"), moments.uniform(0, whole.seconds))
+    for _ in range(3):  # counted from the first iteration of the process, so that the start-up does not catch most of them
+        metrics = whole.run("random") / "metrics.jsonl"
+        whole.launcher.kill_later(whole.command("random"), whole.log("random"), moments.uniform(0, whole.training_seconds), after=metrics)
     whole.check("random")
 
 

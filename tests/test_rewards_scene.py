@@ -108,8 +108,9 @@ def test_graded_by_hand_from_the_documented_weights():
         ([blue_square, red_square], Scene((red_square, blue_square), 0), 0.6),  # all but the relation
         ([red_square, red_square], Scene((red_square, blue_square), 0), 0.6 * (1 + 0.3) / 2 + 0.4 * 0.3),  # the relation counts as far as the objects do
     ]
-    graded, _ = score_scenes(draw([(kinds, places) for kinds, _, _ in cases]), [scene for _, scene, _ in cases])
+    graded, strict = score_scenes(draw([(kinds, places) for kinds, _, _ in cases]), [scene for _, scene, _ in cases])
     assert graded.tolist() == pytest.approx([value for _, _, value in cases], abs=0.02)
+    assert strict.tolist() == [float(value == 1.0) for _, _, value in cases]
 
 
 # --- repairs ------------------------------------------------------------------------------------------------------------------------------------

@@ -202,12 +202,16 @@ class Launcher:
         self.start(arguments, log, die_at)
         return self.wait()
 
-    def run_until(self, arguments: list[str], log: Path, seconds: float, number: int = signal.SIGKILL) -> int:
-        """Send a signal after some seconds, unless the command has ended before."""
+    def kill_later(self, arguments: list[str], log: Path, seconds: float, after: Path | None = None) -> int:
+        """Send SIGKILL after some seconds, counted from the moment that a file changes; a command that has ended before is left alone."""
+        before = _stamp(after)
         process = self.start(arguments, log)
+        deadline = time.monotonic() + 60
+        while after is not None and _stamp(after) == before and time.monotonic() < deadline:
+            time.sleep(0.002)
         time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)
+            os.kill(process, signal.SIGKILL)
         return self.wait()
 
     def close(self) -> None:
@@ -219,6 +223,13 @@ class Launcher:
         line = self._server.stdout.readline()
         assert line, "the launcher has died"
         return int(line)
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    if path is None or not path.exists():
+        return None
+    facts = path.stat()
+    return facts.st_mtime_ns, facts.st_size
 
 
 def _die_at(place: str) -> None:

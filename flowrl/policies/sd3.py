@@ -79,15 +79,21 @@ def load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
         raise UserError(f"model.path: {path} is not a diffusers pipeline (no model_index.json); give the folder that save_pretrained wrote")
     if not Path(where).exists() and (where.startswith((".", "/", "~")) or where.count("/") != 1):
         raise UserError(f"model.path: {path} does not exist; give a folder, a hub id such as stabilityai/stable-diffusion-3.5-medium, or flowrl:tiny-sd3")
+    local = Path(where) if Path(where).exists() else None
     try:
-        with _without_progress_bars() if Path(where).exists() else nullcontext():
-            index = StableDiffusion3Pipeline.load_config(where)
-            absent = {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is None}  # diffusers wants to be told
+        index = StableDiffusion3Pipeline.load_config(where)
+        kind = str(index.get("_class_name"))
+        if not kind.startswith("StableDiffusion3"):
+            raise UserError(f"model.path: {path} is a {kind}, not a Stable Diffusion 3 pipeline")
+        parts = {name: entry[0] for name, entry in index.items() if isinstance(entry, (list, tuple))}
+        for name in parts:
+            if local and parts[name] is not None and not (local / name).is_dir():  # transformers would make an empty tokenizer without a word
+                raise UserError(f"model.path: {path} has no folder {name}, which its model_index.json names; copy the whole pipeline")
+        absent = {name: None for name, library in parts.items() if library is None}  # diffusers wants to be told
+        with _without_progress_bars() if local else nullcontext():
             pipeline = StableDiffusion3Pipeline.from_pretrained(where, **{_DTYPE_KEYWORD: {"vae": torch.float32, "default": dtype}}, **absent)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise UserError(f"model.path: {path} could not be loaded as a Stable Diffusion 3 pipeline: {str(error).splitlines()[0]}") from error
-    if not isinstance(getattr(pipeline, "transformer", None), SD3Transformer2DModel):
-        raise UserError(f"model.path: {path} is a {type(pipeline).__name__}, not a Stable Diffusion 3 pipeline")
     return pipeline
 
 
