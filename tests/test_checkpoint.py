@@ -236,11 +236,10 @@ class Whole:
 
     def __init__(self, folder: Path, config: Path, settings: list[str], launcher: Launcher) -> None:
         self.folder, self.config, self.settings, self.launcher = folder, config, settings, launcher
-        self.count = 0
         started = time.time()
         assert launcher.run(self.command("whole"), folder / "whole.log") == 0, (folder / "whole.log").read_text()
         self.seconds = time.time() - started
-        self.training_seconds = time.time() - (self.run("whole") / "checkpoints" / "step_000004").stat().st_mtime + self.seconds / 10
+        self.training_seconds = time.time() - (self.run("whole") / "samples" / "iteration_000000" / "eval.json").stat().st_mtime
         self.files, self.state = remains(self.run("whole")), last_state(self.run("whole"))
 
     def run(self, name: str) -> Path:

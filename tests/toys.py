@@ -206,8 +206,7 @@ class Launcher:
         """Send SIGKILL after some seconds, counted from the moment that a file changes; a command that has ended before is left alone."""
         before = _stamp(after)
         process = self.start(arguments, log)
-        deadline = time.monotonic() + 60
-        while after is not None and _stamp(after) == before and time.monotonic() < deadline:
+        while after is not None and _stamp(after) == before and Path(f"/proc/{process}").exists():
             time.sleep(0.002)
         time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
