@@ -304,7 +304,7 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_with_the_same_bytes
 @pytest.mark.parametrize("whole", ["lora"], indirect=True)
 def test_ctrl_c_finishes_the_iteration_saves_and_exits_with_130(whole: Whole) -> None:
     run = whole.run("interrupted")
-    process = whole.launcher.start([*whole.command("interrupted")], whole.log("interrupted"))
+    process = whole.launcher.start([*whole.command("interrupted"), "training.checkpoint_every=100"], whole.log("interrupted"))
     while not (run / "metrics.jsonl").exists():
         time.sleep(0.005)
     os.kill(process, signal.SIGINT)
@@ -313,6 +313,8 @@ def test_ctrl_c_finishes_the_iteration_saves_and_exits_with_130(whole: Whole) ->
     assert 1 <= done < 6
     assert find_checkpoints(run)[0].name == f"step_{done:06d}"
     assert f"error: stopped; continue with: flowrl train --resume {run}" in whole.log("interrupted").read_text()
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("checkpoint_every: 100", "checkpoint_every: 2"))
     whole.check("interrupted")
 
 
