@@ -64,14 +64,15 @@ def main(
     if only is not None:
         return
     metrics, _ = read_records(folders[0] / "metrics.jsonl")
-    timings = [read_records(run / "timings.jsonl")[0][-1]["elapsed"] for run in folders]
-    versions = json.loads((folders[0] / "versions.json").read_text())
+    versions = [json.loads((run / "versions.json").read_text()) for run in folders]
+    elapsed = [read_records(run / "timings.jsonl")[0][-1]["elapsed"] for run in folders]
+    each = [f"{t:.0f} s with {v['threads']} thread(s) at commit {(v['commit'] or 'none')[:7]}" for t, v in zip(elapsed, versions, strict=True)]
     head = [
         f"# {config.name}: {seeds} seeds",
         "",
-        f"{cpu_name()}, {os.cpu_count()} cores; torch {torch.__version__}, commit {versions['commit']}.",
-        f"Each run: {metrics[-1]['iteration']} iterations, {metrics[-1]['images']:,} images, {metrics[-1]['nfe/total']:,} network rows (forward and backward);",
-        f"{', '.join(f'{t:.0f} s' for t in timings)} of training with {versions['threads']} thread(s), evaluations not counted.",
+        f"{cpu_name()}, {os.cpu_count()} cores; torch {torch.__version__}.",
+        f"Each run: {metrics[-1]['iteration']} iterations, {metrics[-1]['images']:,} images, {metrics[-1]['nfe/total']:,} network rows (forward and backward).",
+        f"Training, evaluations not counted: {'; '.join(each)}.",
         "Means over at least 512 images per prompt set, ± 95 % interval clustered by prompt; guidance 1.0 means no classifier-free guidance.",
         "",
     ]
