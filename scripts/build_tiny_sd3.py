@@ -284,7 +284,7 @@ def main(
 
     vae = build_vae()
     if cache is not None and cache.exists():
-        vae = AutoencoderKL.from_pretrained(cache)
+        vae.load_state_dict(AutoencoderKL.from_pretrained(cache).state_dict())
     else:
 
         def any_scenes() -> Iterator[list[Scene]]:
