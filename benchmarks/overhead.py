@@ -19,9 +19,11 @@ import torch
 import typer
 from torch import Tensor
 
+from flowrl.assignment import Assignment
 from flowrl.config import load_config
-from flowrl.seeds import derive_seed, generator
-from flowrl.trainer import Trainer, build_plan
+from flowrl.core.advantages import edge_advantages
+from flowrl.seeds import generator
+from flowrl.trainer import Trainer
 from flowrl.versions import versions
 from samplers.rollout import concatenate, execute
 
@@ -46,11 +48,15 @@ class Case:
         trainer, rollout = self.trainer, self.trainer.config.rollout
         self.prompts = [trainer.prompts[i] for i in trainer.sampler.groups(0)]
         self.prompt_rows = trainer.policy.prompt_rows([p.text for p in self.prompts])
-        self.plan = build_plan(rollout, trainer.sigmas, derive_seed(0, 1))
+        self.plan = trainer.plan(1)
         self.velocity = trainer.policy.velocity(rollout.guidance_scale)
         self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self.rollout = self.roll_out(record=True)
-        self.advantages = torch.randn(len(self.rollout.leaves), generator=torch.Generator().manual_seed(0))
+        advantages = torch.randn(len(self.rollout.leaves), generator=torch.Generator().manual_seed(0))
+        objective, edges = trainer.config.objective, len(self.rollout.edge_row)
+        low, high = torch.full((edges,), objective.clip_low), torch.full((edges,), objective.clip_high)
+        edge = edge_advantages(advantages, self.rollout.leaf_edge, edges)
+        self.assignment = Assignment(self.rollout, edge, low, high, None, len(self.rollout.row_sigma), {})
 
     def roll_out(self, record: bool = False):  # noqa: ANN201
         trainer = self.trainer
@@ -75,7 +81,7 @@ class Case:
             future.result()
 
     def train(self) -> None:
-        self.trainer.update(self.rollout, self.advantages, self.prompts, list(range(len(self.prompts))), 1)
+        self.trainer.update(self.plan, self.assignment, self.prompts, list(range(len(self.prompts))), 1)
 
     def network(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         policy = self.trainer.policy

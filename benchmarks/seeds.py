@@ -16,8 +16,8 @@ import torch
 import typer
 
 from flowrl.config import load_config
+from flowrl.run import train
 from flowrl.tracking import read_records
-from flowrl.trainer import train
 from flowrl.versions import cpu_name
 
 

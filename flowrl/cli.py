@@ -144,7 +144,7 @@ def train(
     if config is None and resume is None:
         raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (see flowrl train --help)")
     run_config = _run_config(resume, config, settings) if resume else _load(config or Path(), settings)
-    from flowrl.trainer import train as run_training
+    from flowrl.run import train as run_training
 
     try:
         run = run_training(run_config, resume)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from flowrl.agreement import disagreements
 from flowrl.mistakes import DISAGREEMENT, did_you_mean, explain
 from flowrl.types import UserError
 
@@ -46,6 +46,11 @@ PositiveFloat = Annotated[Float, Field(gt=0)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _one_or_many(value: Any) -> Any:
+    """A lone number becomes a list of one."""
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _reward_entries(value: Any) -> Any:
@@ -97,22 +102,59 @@ class RewardConfig(_Section):
 
 
 class WindowConfig(_Section):
+    """The stochastic steps of the plans `window` and (where it has no splits) `tree`: ``size`` consecutive steps in low..high-1."""
+
     size: PositiveInt = 2
     low: NonNegativeInt = 0
-    high: PositiveInt | None = Field(None, description="the window lies in steps low..high-1; null = half of the steps")
+    high: PositiveInt | None = Field(None, description="null = half of the steps for `random`, all but the last step for the other schedules")
+    schedule: Literal["random", "progressive", "decay", "exp_decay", "frozen", "backward"] = Field(
+        "random", description="where the window starts in an iteration, see flowrl/planning.py"
+    )
+    every: PositiveInt = Field(25, description="iterations that a moving window stays at one start (for the decaying schedules: at the first start)")
+    every_least: PositiveInt = Field(1, description="decay: iterations at the last start")
+    stride: PositiveInt = Field(1, description="steps by which a moving window moves")
+    exp_rate: NonNegativeFloat = Field(0.1, description="exp_decay: iterations at start l are ceil(every exp(-exp_rate max(l - exp_after, 0)))")
+    exp_after: NonNegativeInt = 13
+    start_decay: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="random: the probability of start l is proportional to start_decay^l")
+    backward_first: PositiveInt = Field(14, description="backward: steps from the end at the first iteration (B2-DiffuRL)")
+    backward_stages: PositiveInt = Field(100, description="backward: iterations until all steps are trained")
+
+
+class TreeConfig(_Section):
+    branching: Annotated[tuple[PositiveInt, ...], BeforeValidator(_one_or_many)] = Field(
+        (2,), min_length=1, description="children per node at each split; one number for all splits or one for each"
+    )
+    splits: tuple[NonNegativeInt, ...] | None = Field(None, description="steps at which nodes branch; null = every step of the window")
+    stochastic: Literal["splits", "window", "all"] = Field(
+        "splits", description="which steps carry noise and are trained: the splits, the splits and the window, or all but the last"
+    )
+    noise_growth: NonNegativeFloat = Field(0.0, description="linear growth of the noise level over the splits: level (1 + noise_growth j / (splits - 1))")
+    sibling_scale: PositiveFloat | None = Field(
+        None, description="siblings share noise: (shared + s own) / sqrt(1 + s^2), each unit variance; null = independent siblings"
+    )
+
+
+class AfterWindowConfig(_Section):
+    solver: Literal["ode", "dpm++"] = "ode"
+    compression: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="share of the steps after the window that is kept (MixGRPO-Flash: 0.4)")
 
 
 class RolloutConfig(_Section):
-    plan: Literal["chain", "window"] = "chain"
+    plan: Literal["chain", "window", "tree", "granular"] = "chain"
     num_steps: PositiveInt = 10
     grid: Literal["shifted", "diffusers", "flux"] = Field("shifted", description="sigma grid, see samplers/schedules.py")
     shift: PositiveFloat | None = Field(None, description="null = the scheduler's own shift")
-    kernel: Literal["flow_sde"] = "flow_sde"
-    noise_level: PositiveFloat = 0.7
+    kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "sde_dpm++"] = "flow_sde"
+    noise_level: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_one_or_many)] = Field(
+        (0.7,), min_length=1, description="one number, or one for each stochastic step of the plan"
+    )
     train_fraction: Annotated[Float, Field(gt=0, le=1)] = Field(
         0.99, description="chain: share of the steps that are stochastic and trained, from the noisy end"
     )
     window: WindowConfig = WindowConfig()
+    after_window: AfterWindowConfig = AfterWindowConfig()
+    tree: TreeConfig = TreeConfig()
+    granularities: tuple[PositiveInt, ...] = Field((1, 2, 3), min_length=1, description="granular: stride of the steps after the stochastic one")
     same_noise: Flag = Field(False, description="True: the images of a group share their start noise")
     groups_per_iteration: PositiveInt = 16
     group_size: Annotated[Int, Field(ge=2)] = 16
@@ -130,20 +172,79 @@ class RolloutConfig(_Section):
     @property
     def window_high(self) -> int:
         """The window lies in steps ``window.low .. window_high - 1``."""
-        return self.num_steps // 2 if self.window.high is None else self.window.high
+        if self.window.high is not None:
+            return self.window.high
+        return self.num_steps // 2 if self.window.schedule == "random" else self.num_steps - 1
+
+    def noise_levels(self, count: int) -> tuple[float, ...]:
+        """Noise level of each of the plan's stochastic steps."""
+        return self.noise_level * count if len(self.noise_level) == 1 else self.noise_level
 
 
 class AdvantageConfig(_Section):
-    name: Literal["group_zscore", "global_std", "group_mean"] = "global_std"
+    name: Literal["group_zscore", "global_std", "group_mean", "prompt_history"] = "global_std"
     ddof: Literal[0, 1] = 0
     eps: PositiveFloat = 1e-4
     clip: PositiveFloat = 5.0
+    aggregate: Literal["rewards", "advantages"] = Field(
+        "rewards", description="several rewards: weighted sum before the advantage, or an advantage of each and the weighted sum of these"
+    )
+    history_size: PositiveInt = Field(16, description="prompt_history: rewards remembered for each prompt")
+    history_least: PositiveInt = Field(16, description="prompt_history: below so many, mean and std of all rewards of the iteration are used")
+
+
+class CreditConfig(_Section):
+    """From rewards of leaves to advantages of decisions, see flowrl/core/credit.py."""
+
+    normalize: Literal["leaf", "layer", "sibling"] = Field(
+        "leaf", description="advantages of leaves, then back up; or back up rewards, then compare the nodes of a layer, or siblings"
+    )
+    backup: Literal["mean", "path", "level"] = Field("mean", description="over the leaves below: mean, path probability, or level by level")
+    temperature: NonNegativeFloat = Field(1.0, description="path and level: weights are softmax(temperature log-probability)")
+    integrate: Literal["mean", "sum"] = Field("mean", description="granular: over the granularities of a child")
+
+
+class DepthPruningConfig(_Section):
+    first: PositiveInt = Field(15, description="depths first..last (a child of step k has depth k + 1) are not trained at the start")
+    last: PositiveInt = 18
+    slide_every: PositiveInt = Field(30, description="iterations between moves by one towards the root")
+    stop: PositiveInt = Field(9, description="the depth at which `first` stops")
+
+
+class WidthPruningConfig(_Section):
+    keep: Annotated[Float, Field(gt=0, le=1)] = Field(0.5, description="share of the leaves below the last split that is trained")
+    mode: Literal["branch", "extremes"] = Field("branch", description="the best of each branch, or the best and worst of the whole tree")
+
+
+class ContrastConfig(_Section):
+    high: Float = Field(0.5, description="the best sample of a branch is trained if its advantage is at least this")
+    low: Float = Field(-0.5, description="the worst is trained if its advantage is below this; all others are not")
+
+
+class SelectionConfig(_Section):
+    """Which sampled decisions are trained; the default is all of them."""
+
+    fraction: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="share of the trainable steps, drawn for each sample (DanceGRPO)")
+    depth: DepthPruningConfig | None = Field(None, description="BranchGRPO's depth pruning")
+    width: WidthPruningConfig | None = Field(None, description="BranchGRPO's width pruning")
+    contrast: ContrastConfig | None = Field(None, description="B2-DiffuRL's best against worst within a branch")
+
+
+class LayerTuningConfig(_Section):
+    """LayerTuning-RL: a supervised term towards the best leaf of the tree, see flowrl/core/layer_tuning.py."""
+
+    weight: NonNegativeFloat = 0.0
+    target: Literal["best_velocity", "to_best_x0"] = "best_velocity"
+    guard: NonNegativeFloat = Field(0.5, description="only where the best reward exceeds the group's mean by more than guard standard deviations")
 
 
 class ObjectiveConfig(_Section):
-    name: Literal["clipped_surrogate"] = "clipped_surrogate"
+    name: Literal["clipped_surrogate", "reinforce"] = "clipped_surrogate"
+    ratio: Literal["plain", "ratio_norm"] = Field("plain", description="ratio_norm: GRPO-Guard's centred log-ratio")
+    step_weight: Literal["none", "inv_dt", "inv_kap_dt", "kap_over_dt"] = Field("none", description="GRPO-Guard's weight of each step's loss")
     clip_low: PositiveFloat = 1e-4
     clip_high: PositiveFloat = 1e-4
+    dynamic_clip: Annotated[Float, Field(ge=0, le=1)] = Field(0.0, description="reward sensitivity of the clip bounds (Dynamic-TreeRPO); 0 = fixed")
     reduction: Literal["mean", "group_mean"] = "mean"
     updates_per_iteration: PositiveInt = 2
     inner_epochs: PositiveInt = 1
@@ -200,7 +301,7 @@ class LoggingConfig(_Section):
 class Config(_Section):
     """A complete, resolved run."""
 
-    method: Text = "flow_grpo"
+    method: Text = Field("flow_grpo", description="a method, or a method and a modifier, such as mix_grpo+grpo_guard")
     run_dir: Text = Field(description="the folder that the run makes, for example runs/first")
     seed: NonNegativeInt = 0
     model: ModelConfig = ModelConfig()
@@ -208,8 +309,11 @@ class Config(_Section):
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="at least one reward, for example [scene]")
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    credit: CreditConfig = CreditConfig()
+    selection: SelectionConfig = SelectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     kl: KLConfig = KLConfig()
+    layer_tuning: LayerTuningConfig = LayerTuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig | None = EmaConfig()
     training: TrainingConfig = TrainingConfig()
@@ -220,52 +324,9 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        if lines := list(_disagreements(self)):
+        if lines := list(disagreements(self)):
             raise PydanticCustomError(DISAGREEMENT, "{lines}", {"lines": lines})
         return self
-
-
-def _disagreements(config: Config) -> Iterator[str]:
-    """One line for every pair of values that are fine alone and impossible together."""
-    rollout, window = config.rollout, config.rollout.window
-    if rollout.num_steps < 2:
-        yield "rollout.num_steps: 1 leaves nothing to train, the last step is never stochastic; use at least 2"
-    elif rollout.plan == "chain" and int(rollout.train_fraction * rollout.num_steps) < 1:
-        yield (
-            f"rollout.train_fraction: {rollout.train_fraction} of {rollout.num_steps} steps is less than one step; "
-            f"use at least {math.ceil(1000 / rollout.num_steps) / 1000}"
-        )
-    elif rollout.plan == "window":
-        high = rollout.window_high
-        if high > rollout.num_steps - 1:
-            yield (
-                f"rollout.window.high: {high} is too large for {rollout.num_steps} steps, of which the last is never stochastic; "
-                f"use at most {rollout.num_steps - 1}"
-            )
-        elif window.low >= high:
-            yield f"rollout.window.low: {window.low} leaves no step below window.high = {high}; use at most {high - 1}"
-        elif window.size > high - window.low:
-            yield (
-                f"rollout.window.size: {window.size} does not fit into the {high - window.low} steps {window.low}..{high - 1}; "
-                f"use a smaller size or a larger window.high (at most {rollout.num_steps - 1})"
-            )
-    images = rollout.groups_per_iteration * rollout.group_size
-    if config.objective.updates_per_iteration > images:
-        yield (
-            f"objective.updates_per_iteration: {config.objective.updates_per_iteration} is more than the {images} images of an iteration "
-            "(groups_per_iteration x group_size)"
-        )
-    for guidance_scale, name in ((rollout.guidance_scale, "rollout"), (config.evaluation.guidance_scale, "evaluation")):
-        if guidance_scale > 1 and config.training.rows_per_forward < 2:
-            yield f"training.rows_per_forward: with {name}.guidance_scale > 1 every image takes 2 rows; use at least 2"
-    if (config.model.height is None) != (config.model.width is None):
-        yield "model.height and model.width: give both or neither"
-    for where, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
-        keys = [(reward.name, sorted(reward.args.items(), key=str)) for reward in rewards]
-        for name in sorted({key[0] for key in keys if keys.count(key) > 1}):
-            yield f"{where}: {name} is listed twice; keep one and set its weight"
-    if all(reward.weight == 0 for reward in config.rewards):
-        yield "rewards: every weight is 0, nothing would be learned; give at least one reward another weight"
 
 
 class Method(_Section):
@@ -276,6 +337,7 @@ class Method(_Section):
     verified: tuple[Text, ...]
     deviations: tuple[Text, ...]
     config: dict[str, dict[str, Any] | None] = Field(description="default sections, merged underneath the user's file")
+    modifier: dict[str, dict[str, Any]] | None = Field(None, description="what `method: other+this` lays over the other method's sections; null = it cannot")
 
 
 @cache
@@ -283,6 +345,25 @@ def list_methods() -> dict[str, Method]:
     """All methods that ship with flowrl, name -> contents, in alphabetical order."""
     files = sorted(_METHODS.glob("*.yaml"))
     return {file.stem: Method.model_validate(OmegaConf.to_container(OmegaConf.load(file))) for file in files}
+
+
+def _method_defaults(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The defaults of a method, or of `method+modifier+...`, and what is wrong with the name."""
+    methods, lines = list_methods(), []
+    first, *modifiers = name.split("+")
+    for part in (first, *modifiers):
+        if part not in methods:
+            lines.append(f"method: unknown method {part}; {did_you_mean(part, methods)}")
+    if lines:
+        return {}, lines
+    defaults: dict[str, Any] = dict(methods[first].config)
+    for part in modifiers:
+        modifier = methods[part].modifier
+        if modifier is None:
+            able = ", ".join(other for other, method in methods.items() if method.modifier is not None)
+            return {}, [f"method: {part} is a whole method and cannot be added to {first}; these can: {able}"]
+        defaults = _merge(defaults, modifier)
+    return defaults, []
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -301,10 +382,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply_override(user, override)
     lines: list[str] = []
     name = user.get("method", Config.model_fields["method"].default)
-    methods = list_methods()
-    if isinstance(name, str) and name and name not in methods:
-        lines.append(f"method: unknown method {name}; {did_you_mean(name, methods)}")
-    merged = _merge(methods[name].config, user) if isinstance(name, str) and name in methods else user
+    merged = user
+    if isinstance(name, str) and name:
+        below, lines = _method_defaults(name)
+        merged = _merge(below, user)
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

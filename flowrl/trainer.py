@@ -7,66 +7,50 @@ group), so a run on more processes, or resumed from a checkpoint, takes the same
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import shutil
-import signal
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
-from flowrl.checkpoint import load_checkpoint, model_identity, random_state, restore_random_state, save_checkpoint
-from flowrl.checks import ratio_is_off
-from flowrl.config import Config, RolloutConfig, dump_config
-from flowrl.core.advantages import ADVANTAGES, edge_advantages, group_statistics
-from flowrl.core.objectives import clipped_surrogate
+from flowrl.assignment import Assigner, Assignment
+from flowrl.checkpoint import random_state, restore_random_state
+from flowrl.config import Config, SelectionConfig
+from flowrl.core.advantages import group_statistics
+from flowrl.core.layer_tuning import velocity_regression
+from flowrl.core.objectives import OBJECTIVES
+from flowrl.core.ratios import ratio_norm, step_weights
 from flowrl.core.reductions import REDUCTIONS
 from flowrl.core.regularizers import gaussian_kl
 from flowrl.data import GroupSampler, load_prompts
 from flowrl.evaluation import Evaluator, build_rewards, save_grid, sigmas_of
-from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
+from flowrl.likelihoods.transition import StepBatch, TransitionLikelihood, TransitionOutput, select_rows
 from flowrl.meters import Meters
+from flowrl.planning import build_plan, minimum_rows
 from flowrl.policies.ema import Ema
 from flowrl.policies.sd3 import NetworkRows, Sd3Policy
 from flowrl.processes import make_accelerator
-from flowrl.progress import TrainingProgress
-from flowrl.report import write_report
 from flowrl.seeds import derive_seed, generator
-from flowrl.tracking import RunLogger, explain_full_disk, replace_file
+from flowrl.tracking import RunLogger, explain_full_disk
 from flowrl.types import Decisions, Prompt, Rollout, SampleBatch, Scores, UserError
-from flowrl.versions import versions
 from rewards.composite import ConstantRewardMonitor
-from samplers.plans import Plan, chain_plan, minimum_rows, window_plan
+from samplers.kernels import check_noise_level, load_kernel
+from samplers.plans import Plan
 from samplers.rollout import concatenate, execute
 
-__all__ = ["Interrupted", "Trainer", "build_plan", "train"]
+__all__ = ["Trainer"]
 
 _LOGGER = logging.getLogger(__name__)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the iteration was finished and a checkpoint saved."""
-
-
-def build_plan(config: RolloutConfig, sigmas: Sequence[float], seed: int) -> Plan:
-    """The plan of an iteration; every group and process gets the same window."""
-    common: dict[str, Any] = {"noise_level": config.noise_level, "same_noise": config.same_noise, "kernel": config.kernel}
-    if config.plan == "chain":
-        return chain_plan(sigmas, config.group_size, train_fraction=config.train_fraction, **common)
-    low, size = config.window.low, config.window.size
-    start = low + derive_seed("window", seed) % (config.window_high - size - low + 1)
-    return window_plan(sigmas, config.group_size, start=start, size=size, **common)
-
-
 class Trainer:
-    """State and steps of one run. `train` drives it; tests may drive it step by step.
+    """State and steps of one run. `flowrl.run.train` drives it; tests may drive it step by step.
 
     Raises:
         UserError: the model, prompts or rewards cannot be loaded, or there are fewer groups than processes.
@@ -86,8 +70,11 @@ class Trainer:
         eval_rewards = build_rewards(config.evaluation.rewards) if config.evaluation.rewards else self.rewards
         self.policy = Sd3Policy(config.model, self.accelerator.device, rows_per_forward=config.training.rows_per_forward, keep_reference=config.kl.weight > 0)
         self.policy.training_module = self.accelerator.prepare(self.policy.transformer)
+        self._check_kernel()
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
+        self.shift = self.policy.scheduler_shift if config.rollout.shift is None else config.rollout.shift
         self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction)
+        self.assigner = Assigner(config)
         self.sampler = GroupSampler(len(self.prompts), config.rollout.groups_per_iteration, config.seed)
         self.parameters = self.policy.trainable()
         o = config.optimizer
@@ -107,6 +94,33 @@ class Trainer:
         self.images = 0
         self.rows_total = 0
         self.elapsed = 0.0
+        self._check_memory()
+
+    def _check_kernel(self) -> None:
+        """A kernel that does not fit the network's prediction is an error, noise that destroys the picture a warning."""
+        rollout = self.config.rollout
+        try:
+            load_kernel(rollout.kernel, self.policy.prediction)
+        except ValueError as error:
+            raise UserError(f"rollout.kernel: {error}") from error
+        growth = 1 + rollout.tree.noise_growth if rollout.plan == "tree" else 1
+        warning = check_noise_level(rollout.kernel, max(rollout.noise_level) * growth)
+        if warning is not None and self.accelerator.is_main_process:
+            _LOGGER.warning("rollout.noise_level: %s", warning)
+
+    def _check_memory(self) -> None:
+        """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
+        plan, config = self.plan(1), self.config
+        groups = math.ceil(config.rollout.groups_per_iteration / self.accelerator.num_processes)
+        kept = len(plan.leaves) + (2 if self.assigner.keep_velocity else 1) * len(plan.train_rows) + sum(node.trained for node in plan.nodes)
+        needed = groups * kept * 4 * math.prod(self.policy.latent_shape)
+        device = self.policy.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if needed > free:
+            raise UserError(
+                f"rollout: {len(plan.leaves):,} samples a prompt and their {kept - len(plan.leaves):,} training states, for {groups} prompts, take "
+                f"{needed / 2**30:,.1f} GiB of latents, and {free / 2**30:,.1f} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
+            )
 
     # --- one iteration ---
 
@@ -117,9 +131,9 @@ class Trainer:
             metrics (reproducible) and timings (seconds), as written to metrics.jsonl and timings.jsonl.
         """
         started = time.perf_counter()
-        config, rows = self.config, self.policy.rows
+        rows = self.policy.rows
         before = NetworkRows(rows.forward, rows.backward)
-        plan = build_plan(config.rollout, self.sigmas, derive_seed(config.seed, iteration))
+        plan = self.plan(iteration)
         indices = self.sampler.groups(iteration - 1)
         mine = list(range(self.accelerator.process_index, len(indices), self.accelerator.num_processes))
         prompts = [self.prompts[indices[g]] for g in mine]
@@ -127,39 +141,43 @@ class Trainer:
         sampled = time.perf_counter()
         scores = _join([future.result() for future in futures])
         scored = time.perf_counter()
-        advantages, metrics = self.advantages(scores, rollout.leaf_group, len(prompts))
-        meters = self.update(rollout, advantages, prompts, mine, iteration)
+        assignment, metrics = self.assign(plan, rollout, scores, indices, mine, iteration)
+        meters = self.update(plan, assignment, prompts, mine, iteration)
         finished = time.perf_counter()
 
-        self.images += len(indices) * config.rollout.group_size
+        self.images += len(indices) * len(plan.leaves)
         used_forward = int(self._sum(rows.forward - before.forward))
         used_backward = int(self._sum(rows.backward - before.backward))
         self.rows_total += used_forward + used_backward
         values: dict[str, Any] = {"iteration": iteration, **metrics, **meters}
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["nfe/forward"], values["nfe/backward"] = used_forward, used_backward
-        values["nfe/used"], values["nfe/minimum"] = used_forward + used_backward, self.minimum_nfe(plan, len(indices))
+        values["nfe/used"], values["nfe/minimum"] = used_forward + used_backward, self.minimum_nfe(assignment, len(indices), iteration)
         values["nfe/total"], values["images"] = self.rows_total, self.images
         seconds = {"rollout": sampled - started, "reward_wait": scored - sampled, "train": finished - scored, "total": finished - started}
         self.elapsed += seconds["total"]
         timings = {"iteration": iteration, **{f"seconds/{k}": round(v, 4) for k, v in seconds.items()}, "elapsed": round(self.elapsed, 2)}
         return values, timings
 
-    def minimum_nfe(self, plan: Plan, num_groups: int) -> int:
-        """Least forward and backward rows of an iteration, by the closed formulas of docs/nfe.md: c [F + K W] + r c W forward and K W backward."""
+    def plan(self, iteration: int) -> Plan:
+        """The plan of an iteration (>= 1), the same on every process."""
+        seed = derive_seed(self.config.seed, iteration)
+        return build_plan(self.config.rollout, self.sigmas, shift=self.shift, iteration=iteration, seed=seed)
+
+    def minimum_nfe(self, assignment: Assignment, num_groups: int, iteration: int) -> int:
+        """Least forward and backward rows of an iteration, by the closed formulas of docs/nfe.md: c [F + K N] + r c N forward and K N backward.
+
+        Where only a selection of the decisions is trained, N is the number of distinct latents that these leave.
+        """
         config = self.config
-        steps = [node.step - 1 for node in plan.nodes if node.trained]
-        forward, rows = minimum_rows(
-            config.rollout.num_steps,
-            config.rollout.group_size,
-            first=min(steps),
-            count=max(steps) - min(steps) + 1,
-            same_noise=config.rollout.same_noise,
-        )
+        forward, rows = minimum_rows(config.rollout, iteration=iteration, seed=derive_seed(config.seed, iteration))
+        rows *= num_groups
+        if config.selection != SelectionConfig():
+            rows = int(self._sum(assignment.rows))
         guided = 2 if config.rollout.guidance_scale > 1 else 1
         reference = 1 if config.kl.weight > 0 else 0
         epochs = config.objective.inner_epochs
-        return num_groups * (guided * (forward + (epochs + reference) * rows) + epochs * rows)
+        return guided * (num_groups * forward + (epochs + reference) * rows) + epochs * rows
 
     def roll_out(self, plan: Plan, prompts: list[Prompt], numbers: list[int], iteration: int) -> tuple[Rollout, list[Future[dict[str, Scores]]]]:
         """Sample this process's groups. While one chunk of groups is sampled, the rewards of the chunk before are computed in a thread."""
@@ -180,6 +198,7 @@ class Trainer:
                     self.policy.latent_shape,
                     device=self.policy.device,
                     reduction=config.rollout.log_prob_reduction,
+                    keep_velocity=self.assigner.keep_velocity,
                 )
                 parts.append(part)
                 shown = [prompts[start + g] for g in part.leaf_group.tolist()]
@@ -187,58 +206,75 @@ class Trainer:
                 futures.append(pool.submit(self.rewards.score, batch))
         return concatenate(parts), futures
 
-    def advantages(self, scores: dict[str, Scores], group: Tensor, num_groups: int) -> tuple[Tensor, dict[str, Any]]:
-        """Advantages [B] of this process's samples, and the iteration's reward metrics over all processes."""
-        config, total = self.config.advantage, scores["total"]
-        everywhere: dict[str, Scores] = scores
+    def assign(
+        self, plan: Plan, rollout: Rollout, scores: dict[str, Scores], indices: Sequence[int], mine: Sequence[int], iteration: int
+    ) -> tuple[Assignment, dict[str, Any]]:
+        """What this process's decisions are trained with, and the iteration's reward metrics over all processes.
+
+        Args:
+            indices: prompt number of every group of the iteration; ``mine``: the groups of this process.
+        """
+        config, group = self.config.advantage, rollout.leaf_group
+        here = torch.tensor([indices[g] for g in mine])[group]
+        everywhere, there = scores, here
         if self.accelerator.num_processes > 1:
-            everywhere = _join(gather_object([scores]))
+            gathered = gather_object([(scores, here)])
+            everywhere, there = _join([part for part, _ in gathered]), torch.cat([numbers for _, numbers in gathered])
         self.monitor.update(everywhere)
-        valid = everywhere["total"].values[everywhere["total"].valid].double()
-        if not len(valid):
+        total, valid = scores["total"], everywhere["total"].valid
+        if not bool(valid.any()):
             raise UserError("no sample of the iteration could be scored; see the rewards' own messages")
-        spread = valid.std(correction=config.ddof) if len(valid) > config.ddof else torch.zeros(())
-        raw = ADVANTAGES[config.name](total.values.double(), group, total.valid, num_groups, eps=config.eps, ddof=config.ddof, global_spread=spread)
-        clamped = raw.clamp(-config.clip, config.clip)
-        _, std, count = group_statistics(total.values.double(), group, total.valid, num_groups, config.ddof)
+        assignment = self.assigner(plan, rollout, scores, everywhere, prompts=(here, there), numbers=mine, iteration=iteration)
+        _, std, count = group_statistics(total.values.double(), group, total.valid, len(mine), config.ddof)
         metrics: dict[str, Any] = {}
         for name, score in everywhere.items():
             values = score.values[score.valid].double()
             metrics[f"reward/{name}/mean"] = values.mean().item() if len(values) else None
             metrics[f"reward/{name}/std"] = values.std(correction=0).item() if len(values) else None
-        metrics["reward/invalid"] = int((~everywhere["total"].valid).sum())
+        metrics["reward/invalid"] = int((~valid).sum())
         metrics["reward/zero_std_groups"] = int(self._sum(int(((std == 0) | (count < 2)).sum())))
-        metrics["advantage/abs_mean"] = self._sum(clamped.abs().sum().item()) / self._sum(len(clamped))
-        metrics["advantage/clamped"] = self._sum((raw != clamped).sum().item()) / self._sum(len(clamped))
-        return clamped.float(), metrics
+        sums = {name: self._sum(value) for name, value in assignment.sums.items()}
+        metrics["advantage/abs_mean"] = sums["abs_advantage"] / sums["all"]
+        metrics["advantage/clamped"] = sums["clamped"] / sums["all"]
+        if self.config.selection != SelectionConfig():
+            metrics["selection/kept"] = sums["kept"] / sums["all"]
+        if assignment.tuning is not None:
+            metrics["tuning/rows"] = sums["tuned"] / sums["rows"]
+        return assignment, metrics
 
-    def update(self, rollout: Rollout, advantages: Tensor, prompts: list[Prompt], numbers: list[int], iteration: int) -> dict[str, Any]:
+    def update(self, plan: Plan, assignment: Assignment, prompts: list[Prompt], numbers: list[int], iteration: int) -> dict[str, Any]:
         """Optimiser updates on this process's decisions; gradients are averaged over all processes' decisions."""
         config = self.config
-        edge_advantage = edge_advantages(advantages, rollout.leaf_edge, len(rollout.edge_row))
+        rollout = assignment.rollout
         prompt_rows = self.policy.prompt_rows([p.text for p in prompts])
         reference = self.reference_velocity(rollout, prompt_rows)
-        meters = Meters(rollout.edge_step.unique().tolist())
+        meters = Meters(sorted({plan.nodes[node.parent].step for node in plan.nodes if node.trained}))
         first = True
         for epoch in range(config.objective.inner_epochs):
             parts = self.split(rollout, numbers, (iteration, epoch))
             for rows in parts:
-                self.step(rollout, rows, edge_advantage, prompt_rows, reference, meters, first=first)
+                self.step(assignment, rows, prompt_rows, reference, meters, first=first)
                 first = False
         return meters.result(self.accelerator)
 
     def split(self, rollout: Rollout, numbers: list[int], key: tuple[int, int]) -> list[Tensor]:
         """Training rows of each update. A group's rows are dealt out in an order that follows from the group's number, not from the process."""
         num_updates = self.config.objective.updates_per_iteration
-        per_group = len(rollout.row_sigma) // len(numbers)
+        if self.config.selection.contrast is not None:  # how many decisions it leaves is not known beforehand
+            num_updates = min(num_updates, -int(self._most(-len(rollout.row_sigma))))
         if num_updates == 1:
             return [torch.arange(len(rollout.row_sigma))]
         part = torch.empty(len(rollout.row_sigma), dtype=torch.int64)
-        for position, number in enumerate(numbers):
-            order = torch.randperm(per_group, generator=generator(self.config.seed, "split", *key, number))
-            part[position * per_group : (position + 1) * per_group] = (order + number) % num_updates
+        counts = torch.bincount(rollout.row_group, minlength=len(numbers)).tolist()
+        start = 0
+        for number, count in zip(numbers, counts, strict=True):
+            order = torch.randperm(count, generator=generator(self.config.seed, "split", *key, number))
+            part[start : start + count] = (order + number) % num_updates
+            start += count
         parts = [torch.nonzero(part == u).squeeze(1) for u in range(num_updates)]
         if any(len(p) == 0 for p in parts):
+            if self.config.selection.contrast is not None:
+                return list(torch.arange(len(part)).chunk(num_updates))
             raise UserError(f"objective.updates_per_iteration: {num_updates} updates are more than this process has rows to train on; use fewer")
         return parts
 
@@ -250,18 +286,17 @@ class Trainer:
             velocity = self.policy.velocity(self.config.rollout.guidance_scale)
             return velocity(rollout.row_x, rollout.row_sigma, prompt_rows[rollout.row_group])
 
-    def step(
-        self, rollout: Rollout, rows: Tensor, edge_advantage: Tensor, prompt_rows: Tensor, reference: Tensor | None, meters: Meters, *, first: bool
-    ) -> None:
+    def step(self, assignment: Assignment, rows: Tensor, prompt_rows: Tensor, reference: Tensor | None, meters: Meters, *, first: bool) -> None:
         """One optimiser update on some rows, in micro-batches."""
-        config, device = self.config, self.policy.device
+        config, device, rollout = self.config, self.policy.device, assignment.rollout
         edge_group = rollout.row_group[rollout.edge_row]
         member = torch.zeros(len(rollout.row_sigma), dtype=torch.bool)
         member[rows] = True
         chosen = member[rollout.edge_row]
         weight = torch.zeros(len(rollout.edge_row))
         weight[chosen] = REDUCTIONS[config.objective.reduction](edge_group[chosen], len(prompt_rows))
-        scale = self.accelerator.num_processes / self._sum(float(weight.sum()))
+        world = self.accelerator.num_processes
+        scale, row_scale = world / self._sum(float(weight.sum())), world / self._sum(float(len(rows)))
         velocity = self.policy.velocity(config.rollout.guidance_scale)
         chunks = rows.split(config.training.rows_per_backward)
         for number, chunk in enumerate(chunks):
@@ -269,14 +304,14 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.training_module):
                 batch = select_rows(rollout, chunk, prompt_rows)
                 out = self.likelihood(velocity, batch)
-                decisions = Decisions(
-                    log_prob=out.log_prob[:, None],
-                    old_log_prob=rollout.edge_old_log_prob[batch.edge.to(device)][:, None],
-                    advantages=edge_advantage[batch.edge].to(device)[:, None],
-                    mask=torch.ones_like(out.log_prob, dtype=torch.bool)[:, None],
+                decisions = self.decisions(assignment, batch, out, chunk)
+                objective = OBJECTIVES[config.objective.name](
+                    decisions, clip_low=assignment.clip_low[batch.edge].to(device)[:, None], clip_high=assignment.clip_high[batch.edge].to(device)[:, None]
                 )
-                objective = clipped_surrogate(decisions, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high)
                 loss = objective.loss[:, 0]
+                if config.objective.step_weight != "none":
+                    length, grad_scale = batch.step.sigma - batch.step.sigma_next, self.likelihood.kernel.grad_scale(batch.step)
+                    loss = loss * step_weights(config.objective.step_weight, length=length, grad_scale=grad_scale).to(loss)
                 kl = None
                 if reference is not None:
                     ref_edge, ref_transition = self.likelihood.transition(batch, reference[chunk.to(device)])
@@ -290,9 +325,33 @@ class Trainer:
                         length=batch.step.sigma - batch.step.sigma_next,
                     )
                     loss = loss + config.kl.weight * kl
-                self.accelerator.backward((loss * weight[batch.edge].to(device)).sum() * scale)
+                objective_loss = (loss * weight[batch.edge].to(device)).sum() * scale
+                if assignment.tuning is not None:
+                    target, strength = assignment.tuning.target[chunk.to(device)], assignment.tuning.weight[chunk].to(device)
+                    tuned = velocity_regression(out.velocity, target, strength)
+                    tuning_loss = config.layer_tuning.weight * tuned.sum() * row_scale
+                    meters.add_tuning(tuned.detach(), objective_loss, tuning_loss, out.velocity)
+                    objective_loss = objective_loss + tuning_loss
+                self.accelerator.backward(objective_loss)
             meters.add(objective.metrics, loss.detach(), kl, rollout.edge_step[batch.edge], first=first)
         self._apply_gradients(meters)
+
+    def decisions(self, assignment: Assignment, batch: StepBatch, out: TransitionOutput, chunk: Tensor) -> Decisions:
+        """The edges of a micro-batch as the objective sees them, [E, 1]; with `ratio_norm` the log-probability is the normalised log-ratio itself."""
+        rollout, device = assignment.rollout, self.policy.device
+        log_prob, old_log_prob = out.log_prob, rollout.edge_old_log_prob[batch.edge.to(device)]
+        if self.config.objective.ratio == "ratio_norm":
+            assert rollout.row_velocity is not None
+            _, old = self.likelihood.transition(batch, rollout.row_velocity[chunk.to(device)])
+            reduction = self.config.rollout.log_prob_reduction
+            log_prob = ratio_norm(batch.x_next, out.transition.mean, old.mean, out.transition.std, reduction).float()
+            old_log_prob = torch.zeros_like(log_prob)
+        return Decisions(
+            log_prob=log_prob[:, None],
+            old_log_prob=old_log_prob[:, None],
+            advantages=assignment.advantages[batch.edge].to(device)[:, None],
+            mask=torch.ones_like(log_prob, dtype=torch.bool)[:, None],
+        )
 
     def _apply_gradients(self, meters: Meters) -> None:
         o = self.config.optimizer
@@ -317,6 +376,12 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return value
         return float(self.accelerator.reduce(torch.tensor(float(value), dtype=torch.float64, device=self.accelerator.device), "sum"))
+
+    def _most(self, value: float) -> float:
+        """The largest of a number over processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.gather(torch.tensor([float(value)], dtype=torch.float64, device=self.accelerator.device)).max())
 
     # --- evaluation, state ---
 
@@ -346,6 +411,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "monitor": self.monitor.state_dict(),
+            "assigner": self.assigner.state_dict(),
             "random": states,
             "counters": {"num_updates": self.num_updates, "images": self.images, "rows_total": self.rows_total, "elapsed": self.elapsed},
         }
@@ -363,6 +429,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.monitor.load_state_dict(state["monitor"])
+        self.assigner.load_state_dict(state.get("assigner"))
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
         else:
@@ -381,167 +448,3 @@ def _join(parts: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
         )
         for name in parts[0]
     }
-
-
-@contextlib.contextmanager
-def _interrupt_after_iteration() -> Iterator[list[bool]]:
-    """The first Ctrl-C only sets a flag; a second one stops at once."""
-    flag: list[bool] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if flag:
-            raise KeyboardInterrupt
-        flag.append(True)
-
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread: leave signals alone
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def train(config: Config, resume: Path | None = None) -> Path:
-    """Run a whole training.
-
-    Args:
-        config: a resolved run.
-        resume: the run directory to go on with, or None to start ``config.run_dir``.
-    Returns:
-        The run directory.
-    Raises:
-        UserError: a mistake in the input; nothing is written then.
-        Interrupted: after Ctrl-C, with a checkpoint saved.
-    """
-    run_dir = resume if resume is not None else Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run directory {run_dir} is a file; choose another run_dir")
-    if resume is None and run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"run directory {run_dir} exists already; go on with: flowrl train --resume {run_dir}, or choose another run_dir")
-    trainer = Trainer(config)
-    main = trainer.accelerator.is_main_process
-    identity = model_identity(trainer.policy)
-    start = 0
-    fresh = True
-    if resume is not None:
-        loaded = load_checkpoint(run_dir, identity)
-        if loaded is not None:
-            start, state = loaded
-            trainer.load_state(state)
-            fresh = False
-        elif main:
-            _LOGGER.warning("%s has no checkpoint yet: starting at iteration 0", run_dir)
-    trainer.accelerator.wait_for_everyone()
-    plain = json.loads(config.model_dump_json())
-    logger = RunLogger(run_dir, is_main=main, tensorboard=config.logging.tensorboard, wandb_project=config.logging.wandb_project, config=plain)
-    progress = TrainingProgress(config.training.iterations, start=start, enabled=main)
-    with logger, progress, _interrupt_after_iteration() as stop:
-        try:
-            if main:
-                with explain_full_disk(run_dir):
-                    replace_file(run_dir / "config.yaml", dump_config(config).encode())
-                    replace_file(run_dir / "versions.json", (json.dumps(versions(trainer.policy.device), indent=1) + "\n").encode())
-            if resume is not None:
-                logger.truncate_to(-1 if fresh else start)
-                if main:
-                    _remove_leftovers(run_dir, -1 if fresh else start)
-            _loop(trainer, logger, progress, identity, start, stop, fresh=fresh)
-        except UserError:
-            if main and resume is None and not (run_dir / "metrics.jsonl").exists():
-                logger.close(failed=True)
-                _remove_start(run_dir)
-            raise
-        if main:
-            with trainer.ema.applied() if trainer.ema is not None else contextlib.nullcontext(), explain_full_disk(run_dir):
-                trainer.policy.export(run_dir / "export")
-    if main:
-        write_report(run_dir)
-    return run_dir
-
-
-def _remove_leftovers(run_dir: Path, iteration: int) -> None:
-    """What a killed process left behind: unfinished files, and sample grids after the iteration that a resumed run starts from."""
-    for file in run_dir.rglob(".*.tmp"):
-        file.unlink()
-    for folder in (run_dir / "samples").glob("iteration_[0-9]*"):
-        if int(folder.name.removeprefix("iteration_")) > iteration:
-            shutil.rmtree(folder)
-
-
-def _remove_start(run_dir: Path) -> None:
-    """Undo the start of a run that failed before its first iteration was done, so that the same command can be given again."""
-    for name in ("config.yaml", "versions.json", "evals.jsonl"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("samples", "tensorboard", "wandb"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # somebody else's file is in it
-        run_dir.rmdir()
-
-
-def _loop(trainer: Trainer, logger: RunLogger, progress: TrainingProgress, identity: dict[str, Any], start: int, stop: list[bool], *, fresh: bool) -> None:
-    """Iterations, evaluations and checkpoints from ``start`` to the end, or to the first Ctrl-C."""
-    config = trainer.config
-    e, total = config.evaluation, config.training.iterations
-    main = trainer.accelerator.is_main_process
-    all_scales = [e.guidance_scale, *(s for s in e.compare_guidance_scales if s != e.guidance_scale)]
-
-    def evaluate(iteration: int) -> None:
-        ends = iteration in (0, total)
-        rows = trainer.evaluate(
-            iteration,
-            logger,
-            num_images=e.final_num_images if ends else e.num_images,
-            guidance_scales=all_scales if ends else all_scales[:1],
-            policy="tuned" if iteration else "base",
-        )
-        shown = [f"{r['split']} {r['reward']} {r['mean']:.3f} ± {r['ci95']:.3f}" for r in rows if r["guidance_scale"] == e.guidance_scale]
-        progress.print(f"evaluation at iteration {iteration}: " + ", ".join(shown))
-
-    def save(iteration: int) -> None:
-        state = trainer.state()
-        if main:
-            save_checkpoint(logger.run_dir, iteration, state, identity=identity, keep=config.training.keep_checkpoints)
-        trainer.accelerator.wait_for_everyone()
-
-    if fresh:
-        evaluate(0)
-    warned: set[str] = set()
-    for iteration in range(start + 1, total + 1):
-        metrics, timings = trainer.iterate(iteration)
-        logger.log_metrics(metrics)
-        logger.log_timings(timings)
-        progress.update(metrics, timings)
-        for warning in _warnings(trainer, metrics):
-            if warning[0] not in warned:
-                warned.add(warning[0])
-                progress.print(f"warning: {warning[1]}")
-        interrupted = bool(trainer._sum(float(bool(stop))))
-        if iteration % e.every == 0 or iteration == total:
-            evaluate(iteration)
-        if iteration % config.training.checkpoint_every == 0 or iteration == total or interrupted:
-            save(iteration)
-        if interrupted and iteration < total:
-            raise Interrupted(f"stopped after iteration {iteration}; go on with: flowrl train --resume {logger.run_dir}")
-    if start >= total:
-        progress.print(f"{logger.run_dir} has already done {start} of its {total} iterations")
-
-
-def _warnings(trainer: Trainer, metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(kind, message) of what looks wrong in an iteration; each kind is shown once."""
-    off, clip_low, clip_high = metrics["ratio/max_abs_log_first"], trainer.config.objective.clip_low, trainer.config.objective.clip_high
-    if ratio_is_off(off, clip_low, clip_high):
-        yield (
-            "ratio",
-            f"the ratio of the first update is not 1 (|log ratio| up to {off:.1e}, clip range {min(clip_low, clip_high):.0e}): rollout and training disagree; "
-            "use a higher precision",
-        )
-    if metrics["nfe/used"] != metrics["nfe/minimum"]:
-        yield "nfe", f"{metrics['nfe/used']} network rows were used where {metrics['nfe/minimum']} suffice; please report this"
-    if metrics["iteration"] in (10, trainer.config.training.iterations):
-        for line in trainer.monitor.warnings():
-            yield f"constant {line}", line
-    if metrics["reward/invalid"]:
-        yield "invalid", f"{metrics['reward/invalid']} samples of iteration {metrics['iteration']} could not be scored and were left out"

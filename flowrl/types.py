@@ -113,14 +113,18 @@ class Rollout:
     Attributes:
         leaves: [B, L...] float32, final latents, ordered group by group.
         leaf_group: [B] int64, group number of each leaf, in 0..P-1.
+        leaf_set: [B] int64 in 0..; leaves of one set are compared with each other (all leaves of a group, but for granular plans).
         row_x: [R, L...] float32, the latent of each training row.
         row_sigma: [R] float64.
         row_group: [R] int64.
+        row_step: [R] int64, index of the row's latent in the sigma grid.
+        row_velocity: [R, L...] float32, the sampling policy's velocity; None where it was not asked for.
         edge_row: [E] int64, the row (parent node) each trained edge starts from.
         edge_x_next: [E, L...] float32, the sampled next latent.
         edge_sigma, edge_sigma_next, edge_sigma_guard: [E] float64.
         edge_noise_level: [E] float64, the kernel's noise parameter.
         edge_step: [E] int64, index of the step in the sigma grid.
+        edge_parent: [E] int64, the nearest trained edge above, -1 if there is none.
         edge_old_log_prob: [E] float32, under the policy that sampled.
         leaf_edge: [M, 2] int64 pairs (edge, a leaf below it): how leaf rewards reach edges. A chain edge has one pair.
         kernel: name of the transition kernel of the trained edges.
@@ -129,9 +133,12 @@ class Rollout:
 
     leaves: Tensor
     leaf_group: Tensor
+    leaf_set: Tensor
     row_x: Tensor
     row_sigma: Tensor
     row_group: Tensor
+    row_step: Tensor
+    row_velocity: Tensor | None
     edge_row: Tensor
     edge_x_next: Tensor
     edge_sigma: Tensor
@@ -139,6 +146,7 @@ class Rollout:
     edge_sigma_guard: Tensor
     edge_noise_level: Tensor
     edge_step: Tensor
+    edge_parent: Tensor
     edge_old_log_prob: Tensor
     leaf_edge: Tensor
     kernel: str

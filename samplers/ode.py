@@ -15,6 +15,10 @@ __all__ = ["Ode"]
 class Ode:
     """First order; no noise and therefore no density."""
 
+    predictions = frozenset({"flow"})
+    largest_noise_level = 0.0
+    noise_is_bounded = True
+
     def moments(self, x: Tensor, velocity: Tensor, step: Step) -> Transition:
         """mean [N, L...] = x + (sigma_next - sigma) velocity, std = 0."""
         return Transition(x + expand(step.sigma_next - step.sigma, x) * velocity, torch.zeros_like(step.sigma))

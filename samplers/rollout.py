@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flowrl.types import Rollout, Velocity
+from samplers.dpmpp import dpmpp_2m_step
 from samplers.kernels import Step, expand, load_kernel
 from samplers.plans import Plan
 
-__all__ = ["concatenate", "execute", "sample_ode"]
+__all__ = ["concatenate", "execute", "sample_ode", "select_edges"]
 
 
 def _steps(plan: Plan, parents: Sequence[int], children: Sequence[int], repeat: int) -> Step:
@@ -30,6 +33,77 @@ def _steps(plan: Plan, parents: Sequence[int], children: Sequence[int], repeat: 
     noise = torch.tensor([plan.nodes[c].noise_level for _, c in pairs], dtype=torch.float64)
     guard = torch.full_like(sigma, plan.sigmas[1])
     return Step(*(column.repeat(repeat) for column in (sigma, sigma_next, guard, noise)))
+
+
+@dataclass(slots=True)
+class _Wave:
+    """The live latents of one depth of the plan: nodes, [P, n, L...] latents, and what second-order steps remember of the wave before."""
+
+    nodes: list[int]
+    x: Tensor
+    denoised: Tensor | None = None
+
+    def pick(self, nodes: Sequence[int]) -> _Wave:
+        if len(nodes) == len(self.nodes):
+            return self
+        index = [self.nodes.index(i) for i in nodes]
+        return _Wave(list(nodes), self.x[:, index])
+
+
+class _Executor:
+    """State of one `execute`; the methods are its stages."""
+
+    def __init__(self, plan: Plan, generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        self.plan, self.generators, self.shape, self.device, self.dtype = plan, generators, shape, device, dtype
+        self.kernel, self.euler = load_kernel(plan.kernel), load_kernel("ode")
+        self.multistep = any(node.solver == "dpm++" for node in plan.nodes)
+
+    def noise(self, count: int) -> Tensor:
+        """[P, count, L...], each group from its own generator."""
+        drawn = [torch.randn(count, *self.shape, generator=g, device=g.device, dtype=torch.float32) for g in self.generators]
+        return torch.stack(drawn).to(device=self.device, dtype=self.dtype)
+
+    def sibling_noise(self, children: Sequence[int]) -> Tensor:
+        """Noise of stochastic edges; siblings share a part of theirs where the plan says so."""
+        own, scale = self.noise(len(children)), self.plan.sibling_scale
+        if scale is None:
+            return own
+        parents = [self.plan.nodes[c].parent for c in children]
+        distinct = sorted(set(parents))
+        alone = torch.tensor([parents.count(p) == 1 for p in parents], device=self.device).view(1, -1, *[1] * len(self.shape))
+        shared = self.noise(len(distinct))[:, [distinct.index(p) for p in parents]]
+        return torch.where(alone, own, (shared + scale * own) / math.sqrt(1 + scale**2))
+
+    def deterministic(self, wave: _Wave, before: _Wave | None, v: Tensor, children: Sequence[int]) -> Tensor:
+        """[P, n, L...] latents of deterministic edges: Euler, or DPM-Solver++ with the memory of the wave before."""
+        nodes, count = self.plan.nodes, len(self.generators)
+        position = [wave.nodes.index(nodes[c].parent) for c in children]
+        same = position == list(range(len(wave.nodes)))
+        x, velocity = (wave.x, v) if same else (wave.x[:, position], v[:, position])
+        step = _steps(self.plan, [nodes[c].parent for c in children], children, count)
+        if not any(nodes[c].solver == "dpm++" for c in children):
+            return self.euler.moments(x.flatten(0, 1), velocity.flatten(0, 1), step).mean.view_as(x)
+        if not all(nodes[c].solver == "dpm++" for c in children):
+            raise ValueError("a wave mixes Euler and DPM-Solver++ steps; give each its own wave")
+        assert before is not None and before.denoised is not None and wave.denoised is not None
+        above = [nodes[nodes[c].parent].parent for c in children]
+        previous = before.denoised[:, [before.nodes.index(a) for a in above]]
+        sigma_previous = torch.tensor([self.plan.sigmas[nodes[a].step] for a in above], dtype=torch.float64).repeat(count)
+        denoised = wave.denoised if same else wave.denoised[:, position]
+        out = dpmpp_2m_step(x.flatten(0, 1), denoised.flatten(0, 1), previous.flatten(0, 1), step.sigma, step.sigma_next, sigma_previous)
+        return out.view_as(x)
+
+    def stochastic(self, wave: _Wave, v: Tensor, children: Sequence[int], reduction: str) -> tuple[Tensor, Tensor]:
+        """[P, n, L...] sampled latents of stochastic edges, and their log-probabilities [P, n]."""
+        position = [wave.nodes.index(self.plan.nodes[c].parent) for c in children]
+        same = position == list(range(len(wave.nodes)))
+        x, velocity = (wave.x, v) if same else (wave.x[:, position], v[:, position])
+        step = _steps(self.plan, [self.plan.nodes[c].parent for c in children], children, len(self.generators))
+        transition = self.kernel.moments(x.flatten(0, 1), velocity.flatten(0, 1), step)
+        drawn = self.sibling_noise(children).flatten(0, 1)
+        sampled = transition.mean + expand(transition.std, drawn) * drawn
+        log_prob = self.kernel.log_prob(sampled, transition, reduction)  # type: ignore[arg-type]
+        return sampled.view_as(x), log_prob.view(len(self.generators), -1).float()
 
 
 @torch.no_grad()
@@ -43,6 +117,7 @@ def execute(
     device: torch.device,
     reduction: str = "mean",
     dtype: torch.dtype = torch.float32,
+    keep_velocity: bool = False,
 ) -> Rollout:
     """Sample P groups.
 
@@ -53,92 +128,90 @@ def execute(
         latent_shape: L... .
         reduction: log-probability over latent elements, "mean" or "sum".
         dtype: of latents; log-probabilities are float32.
+        keep_velocity: keep the velocity of every training row.
     Returns:
         The rollout; leaves are ordered group by group.
     """
-    num_groups, nodes = len(generators), plan.nodes
-    kernel, euler = load_kernel(plan.kernel), load_kernel("ode")
-    keep = set(plan.train_rows)
+    num_groups, nodes, shape = len(generators), plan.nodes, tuple(latent_shape)
+    run = _Executor(plan, generators, shape, device, dtype)
     trained = [i for i, node in enumerate(nodes) if node.trained]
     edge_slot = {i: slot for slot, i in enumerate(trained)}
     row_slot = {i: slot for slot, i in enumerate(plan.train_rows)}
     leaf_slot = {i: slot for slot, i in enumerate(plan.leaves)}
-    shape = tuple(latent_shape)
 
     def buffer(count: int) -> Tensor:
         return torch.empty(num_groups, count, *shape, dtype=dtype, device=device)
 
-    row_x, x_next, leaves = buffer(len(keep)), buffer(len(trained)), buffer(len(plan.leaves))
+    row_x, x_next, leaves = buffer(len(row_slot)), buffer(len(trained)), buffer(len(plan.leaves))
+    row_velocity = buffer(len(row_slot)) if keep_velocity else None
     old_log_prob = torch.empty(num_groups, len(trained), device=device)
 
-    def noise(count: int) -> Tensor:
-        """[P, count, L...]"""
-        drawn = [torch.randn(count, *shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
-        return torch.stack(drawn).to(device=device, dtype=dtype)
-
     rows = 0
-    wave = list(plan.waves[0])
-    x = noise(len(wave))  # [P, n, L...]
+    before: _Wave | None = None
+    wave = _Wave(list(plan.waves[0]), run.noise(len(plan.waves[0])))
     for following in plan.waves[1:]:
-        live = [i for i in wave if i not in leaf_slot]
-        if len(live) < len(wave):
-            x = x[:, [wave.index(i) for i in live]]
-        for i in live:
-            if i in keep:
-                row_x[:, row_slot[i]] = x[:, live.index(i)]
+        wave = wave.pick([i for i in wave.nodes if i not in leaf_slot])
+        live = wave.nodes
         sigma = torch.tensor([plan.sigmas[nodes[i].step] for i in live], dtype=torch.float64).repeat(num_groups)
-        v = velocity(x.flatten(0, 1), sigma, prompt_rows.repeat_interleave(len(live))).view_as(x)
+        v = velocity(wave.x.flatten(0, 1), sigma, prompt_rows.repeat_interleave(len(live))).view_as(wave.x)
         rows += num_groups * len(live)
+        if run.multistep:
+            wave.denoised = (wave.x.flatten(0, 1) - expand(sigma, wave.x.flatten(0, 1)) * v.flatten(0, 1)).view_as(wave.x)
+        for j, i in enumerate(live):
+            if i in row_slot:
+                row_x[:, row_slot[i]] = wave.x[:, j]
+                if row_velocity is not None:
+                    row_velocity[:, row_slot[i]] = v[:, j]
 
-        parents = [nodes[c].parent for c in following]
-        position = [live.index(p) for p in parents]
-        same = position == list(range(len(live)))
-        x_from, v_from = (x, v) if same else (x[:, position], v[:, position])
-        step = _steps(plan, parents, following, num_groups)
-        noisy = [j for j, c in enumerate(following) if nodes[c].noise_level > 0]
-        if not noisy:
-            x = euler.moments(x_from.flatten(0, 1), v_from.flatten(0, 1), step).mean.view_as(x_from)
-        elif len(noisy) == len(following):
-            transition = kernel.moments(x_from.flatten(0, 1), v_from.flatten(0, 1), step)
-            drawn = noise(len(following)).flatten(0, 1)
-            sampled = transition.mean + expand(transition.std, drawn) * drawn
-            log_prob = kernel.log_prob(sampled, transition, reduction)  # type: ignore[arg-type]
-            x = sampled.view_as(x_from)
-            picks = [j for j, c in enumerate(following) if c in edge_slot]
-            if picks:
-                slots = [edge_slot[following[j]] for j in picks]
-                x_next[:, slots] = x[:, picks]
-                old_log_prob[:, slots] = log_prob.view(num_groups, -1)[:, picks].float()
-        else:
-            raise ValueError("a wave mixes stochastic and deterministic steps; give each its own wave")
-        for j, c in enumerate(following):
+        noisy = [c for c in following if nodes[c].noise_level > 0]
+        calm = [c for c in following if not nodes[c].noise_level > 0]
+        parts: list[Tensor] = []
+        if noisy:
+            sampled, log_prob = run.stochastic(wave, v, noisy, reduction)
+            parts.append(sampled)
+            picks = [j for j, c in enumerate(noisy) if c in edge_slot]
+            slots = [edge_slot[noisy[j]] for j in picks]
+            x_next[:, slots], old_log_prob[:, slots] = sampled[:, picks], log_prob[:, picks]
+        if calm:
+            parts.append(run.deterministic(wave, before, v, calm))
+        before, wave = wave, _Wave([*noisy, *calm], parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        for j, c in enumerate(wave.nodes):
             if c in leaf_slot:
-                leaves[:, leaf_slot[c]] = x[:, j]
-        wave = list(following)
+                leaves[:, leaf_slot[c]] = wave.x[:, j]
 
     def tile(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).repeat(num_groups)
+
+    def steps_of(indices: Sequence[int]) -> Tensor:
+        return torch.tensor([nodes[i].step for i in indices], dtype=torch.int64).repeat(num_groups)
 
     def offsets(count: int, width: int) -> Tensor:
         return torch.arange(num_groups).repeat_interleave(count) * width
 
     edge_step = _steps(plan, [nodes[i].parent for i in trained], trained, num_groups)
-    below = [(edge_slot[a], leaf_slot[leaf]) for leaf in plan.leaves for a in _ancestors(plan, leaf) if a in edge_slot]
-    pairs = torch.tensor(below, dtype=torch.int64).view(-1, 2)
+    above = {i: [a for a in _ancestors(plan, i) if a in edge_slot] for i in [*trained, *plan.leaves]}  # nearest first, the node itself included
+    pairs = torch.tensor([(edge_slot[a], leaf_slot[leaf]) for leaf in plan.leaves for a in above[leaf]], dtype=torch.int64).view(-1, 2)
+    parent = torch.tensor([edge_slot[above[i][1]] if len(above[i]) > 1 else -1 for i in trained], dtype=torch.int64).repeat(num_groups)
     span = torch.tensor([len(trained), len(plan.leaves)])
+    numbers = sorted({nodes[i].comparison for i in plan.leaves})
+    comparison = torch.tensor([numbers.index(nodes[i].comparison) for i in plan.leaves], dtype=torch.int64)
     return Rollout(
         leaves=leaves.flatten(0, 1),
         leaf_group=torch.arange(num_groups).repeat_interleave(len(plan.leaves)),
+        leaf_set=comparison.repeat(num_groups) + offsets(len(plan.leaves), len(numbers)),
         row_x=row_x.flatten(0, 1),
         row_sigma=tile([plan.sigmas[nodes[i].step] for i in plan.train_rows]),
-        row_group=torch.arange(num_groups).repeat_interleave(len(keep)),
-        edge_row=torch.tensor([row_slot[nodes[i].parent] for i in trained]).repeat(num_groups) + offsets(len(trained), len(keep)),
+        row_group=torch.arange(num_groups).repeat_interleave(len(row_slot)),
+        row_step=steps_of(plan.train_rows),
+        row_velocity=None if row_velocity is None else row_velocity.flatten(0, 1),
+        edge_row=torch.tensor([row_slot[nodes[i].parent] for i in trained]).repeat(num_groups) + offsets(len(trained), len(row_slot)),
         edge_x_next=x_next.flatten(0, 1),
         edge_sigma=edge_step.sigma,
         edge_sigma_next=edge_step.sigma_next,
         edge_sigma_guard=edge_step.sigma_guard,
         edge_noise_level=edge_step.noise_level,
-        edge_step=torch.tensor([nodes[nodes[i].parent].step for i in trained], dtype=torch.int64).repeat(num_groups),
+        edge_step=steps_of([nodes[i].parent for i in trained]),
+        edge_parent=torch.where(parent < 0, parent, parent + offsets(len(trained), len(trained))),
         edge_old_log_prob=old_log_prob.flatten(),
         leaf_edge=(pairs[None] + torch.arange(num_groups)[:, None, None] * span).flatten(0, 1),
         kernel=plan.kernel,
@@ -173,7 +246,7 @@ def sample_ode(velocity: Velocity, noise: Tensor, sigmas: Sequence[float], promp
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of one plan, sampled in chunks of groups, as one; groups, rows, edges and leaves are numbered on.
+    """Rollouts of one plan, sampled in chunks of groups, as one; groups, sets, rows, edges and leaves are numbered on.
 
     Raises:
         ValueError: no part.
@@ -182,17 +255,57 @@ def concatenate(parts: Sequence[Rollout]) -> Rollout:
         raise ValueError("nothing to concatenate")
     if len(parts) == 1:
         return parts[0]
-    groups = rows = edges = leaves = 0
-    shifted: dict[str, list[Tensor]] = {"leaf_group": [], "row_group": [], "edge_row": [], "leaf_edge": []}
+    groups = sets = rows = edges = leaves = 0
+    shifted: dict[str, list[Tensor]] = {"leaf_group": [], "leaf_set": [], "row_group": [], "edge_row": [], "edge_parent": [], "leaf_edge": []}
     for part in parts:
         shifted["leaf_group"].append(part.leaf_group + groups)
+        shifted["leaf_set"].append(part.leaf_set + sets)
         shifted["row_group"].append(part.row_group + groups)
         shifted["edge_row"].append(part.edge_row + rows)
+        shifted["edge_parent"].append(torch.where(part.edge_parent < 0, part.edge_parent, part.edge_parent + edges))
         shifted["leaf_edge"].append(part.leaf_edge + torch.tensor([edges, leaves]))
-        groups += int(part.leaf_group[-1]) + 1
+        groups, sets = groups + int(part.leaf_group[-1]) + 1, sets + int(part.leaf_set.max()) + 1
         rows, edges, leaves = rows + len(part.row_sigma), edges + len(part.edge_row), leaves + len(part.leaves)
-    fields = {f.name for f in dataclasses.fields(Rollout)} - set(shifted) - {"kernel", "forward_rows"}
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+    fields = {f.name for f in dataclasses.fields(Rollout)} - set(shifted) - {"kernel", "forward_rows", "row_velocity"}
+    velocities = [part.row_velocity for part in parts if part.row_velocity is not None]
     return Rollout(
-        **joined, **{name: torch.cat(values) for name, values in shifted.items()}, kernel=parts[0].kernel, forward_rows=sum(p.forward_rows for p in parts)
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields},
+        **{name: torch.cat(values) for name, values in shifted.items()},
+        row_velocity=torch.cat(velocities) if velocities else None,
+        kernel=parts[0].kernel,
+        forward_rows=sum(p.forward_rows for p in parts),
     )
+
+
+def select_edges(rollout: Rollout, keep: Tensor) -> Rollout:
+    """The rollout with some of its decisions only; rows that no decision leaves any more are dropped, leaves stay.
+
+    Args:
+        keep: [E] bool.
+    Raises:
+        ValueError: nothing is kept.
+    """
+    if bool(keep.all()):
+        return rollout
+    if not bool(keep.any()):
+        raise ValueError("no decision is left to train on")
+    edge = torch.nonzero(keep).squeeze(1)
+    row = rollout.edge_row[edge].unique()
+    new_edge = torch.full((len(keep),), -1).scatter_(0, edge, torch.arange(len(edge)))
+    new_row = torch.full((len(rollout.row_sigma),), -1).scatter_(0, row, torch.arange(len(row)))
+    parent = rollout.edge_parent[edge]
+    while bool(((parent >= 0) & ~keep[parent.clamp_min(0)]).any()):  # past dropped decisions, to the nearest one that is kept
+        parent = torch.where((parent >= 0) & ~keep[parent.clamp_min(0)], rollout.edge_parent[parent.clamp_min(0)], parent)
+    chosen: dict[str, Tensor | None] = {}
+    for name in ("row_x", "row_sigma", "row_group", "row_step", "row_velocity"):
+        value = getattr(rollout, name)
+        chosen[name] = None if value is None else value[row.to(value.device)]
+    for field in dataclasses.fields(Rollout):
+        if field.name.startswith("edge_"):
+            value = getattr(rollout, field.name)
+            chosen[field.name] = value[edge.to(value.device)]
+    chosen["edge_row"] = new_row[rollout.edge_row[edge]]
+    chosen["edge_parent"] = torch.where(parent < 0, parent, new_edge[parent.clamp_min(0)])
+    pairs = rollout.leaf_edge[keep[rollout.leaf_edge[:, 0]]]
+    chosen["leaf_edge"] = torch.stack([new_edge[pairs[:, 0]], pairs[:, 1]], 1)
+    return dataclasses.replace(rollout, **chosen)  # type: ignore[arg-type]

@@ -1,15 +1,16 @@
 """Sigma grids: the noise levels that a sampler visits, from 1 (noise) down to 0 (clean). Plain floats, made once on the CPU.
 
 Sources: diffusers FlowMatchEulerDiscreteScheduler (the `diffusers` grid repeats what its `set_timesteps(N)` does, including shifting twice);
-DanceGRPO and its family (`shifted`); the FLUX pipeline (`flux`). Checked against diffusers in tests.
+DanceGRPO and its family (`shifted`); the FLUX pipeline (`flux`); diffusers DDIMScheduler (`vp_grid`). Checked against diffusers in tests.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["GRIDS", "diffusers_grid", "flux_grid", "flux_shift", "shift_sigma", "shifted_grid", "sigma_grid"]
+__all__ = ["GRIDS", "diffusers_grid", "flux_grid", "flux_shift", "leading_timesteps", "shift_sigma", "shifted_grid", "sigma_grid", "vp_grid"]
 
 Grid = tuple[float, ...]
 
@@ -61,3 +62,34 @@ def sigma_grid(kind: str, num_steps: int, shift: float) -> Grid:
     if num_steps < 1 or not shift > 0:
         raise ValueError(f"a sigma grid needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
     return GRIDS[kind](num_steps, shift)
+
+
+def leading_timesteps(num_steps: int, num_train_timesteps: int = 1000, steps_offset: int = 0) -> tuple[int, ...]:
+    """The T timesteps of diffusers' DDIMScheduler with "leading" spacing, falling: multiples of floor(num_train_timesteps / T), plus the offset.
+
+    Args:
+        steps_offset: of the model's scheduler config; 0 is diffusers' default, Stable Diffusion 1.5 has 1.
+    Raises:
+        ValueError: num_steps < 1, or a timestep that the training did not have.
+    """
+    ratio = num_train_timesteps // max(num_steps, 1)
+    if num_steps < 1 or ratio < 1 or steps_offset < 0 or (num_steps - 1) * ratio + steps_offset >= num_train_timesteps:
+        raise ValueError(f"{num_steps} steps with offset {steps_offset} do not fit into {num_train_timesteps} training timesteps")
+    return tuple(k * ratio + steps_offset for k in reversed(range(num_steps)))
+
+
+def vp_grid(alphas_cumprod: Sequence[float], num_steps: int, steps_offset: int = 0) -> Grid:
+    """sigma = sqrt(1 - alphabar) at the `leading_timesteps`, then 0: T + 1 falling sigmas for networks that predict epsilon or v.
+
+    The first sigma is below 1 unless the schedule ends in pure noise. Deviation: where the scheduler has ``set_alpha_to_one=False``, its last step ends at
+    alphabar_0 (sigma 0.03 for Stable Diffusion 1.5); ours ends at 0, on the predicted clean latent.
+
+    Args:
+        alphas_cumprod: alphabar of each training timestep, falling, in [0, 1).
+    Raises:
+        ValueError: alphas_cumprod is something else, or the steps do not fit into it.
+    """
+    values = [float(alphas_cumprod[t]) for t in leading_timesteps(num_steps, len(alphas_cumprod), steps_offset)]
+    if not all(a < b for a, b in itertools.pairwise([*values, 1.0])) or values[0] < 0:
+        raise ValueError("alphas_cumprod must fall with the timestep, inside [0, 1)")
+    return tuple(math.sqrt(1.0 - alpha_bar) for alpha_bar in values) + (0.0,)

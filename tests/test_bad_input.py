@@ -12,7 +12,7 @@ from toys import PROMPTS, Launcher
 
 from flowrl.cli import main
 from flowrl.config import Config
-from flowrl.trainer import train
+from flowrl.run import train
 from flowrl.types import UserError
 
 Capture = pytest.CaptureFixture[str]

@@ -25,7 +25,7 @@ from flowrl.checkpoint import find_checkpoints, load_checkpoint, load_policy, mo
 from flowrl.cli import main
 from flowrl.config import Config
 from flowrl.policies.sd3 import Sd3Policy
-from flowrl.trainer import train
+from flowrl.run import train
 from flowrl.types import UserError
 
 Configure = Callable[..., Config]

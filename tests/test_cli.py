@@ -145,7 +145,7 @@ def test_train_passes_the_resolved_config_and_shows_the_result(
         row | {"iteration": 10, "policy": "tuned", "mean": 0.625},
     ]
     (run / "evals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    calls = stand_in(monkeypatch, "flowrl.trainer", "train", run)
+    calls = stand_in(monkeypatch, "flowrl.run", "train", run)
     assert main(["train", str(config), "seed=3"]) == 0
     ((given, resume),) = calls
     assert (given.seed, resume) == (3, None)
@@ -156,7 +156,7 @@ def test_train_passes_the_resolved_config_and_shows_the_result(
 
 
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, run: Path) -> None:
-    stand_in(monkeypatch, "flowrl.trainer", "train", run)
+    stand_in(monkeypatch, "flowrl.run", "train", run)
     monkeypatch.setenv("RANK", "1")
     assert main(["train", str(config)]) == 0
     assert capsys.readouterr().out == ""
@@ -164,7 +164,7 @@ def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_resume_uses_the_config_of_the_run_and_its_present_place(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     moved = run.rename(run.with_name("moved"))
-    calls = stand_in(monkeypatch, "flowrl.trainer", "train", moved)
+    calls = stand_in(monkeypatch, "flowrl.run", "train", moved)
     assert main(["train", "--resume", str(moved), "training.iterations=400"]) == 0
     ((given, resume),) = calls
     assert (given.seed, given.training.iterations, given.run_dir, resume) == (7, 400, str(moved), moved)
@@ -173,7 +173,7 @@ def test_resume_uses_the_config_of_the_run_and_its_present_place(monkeypatch: py
 def test_ctrl_c_in_training_says_how_to_go_on_with_exit_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, run: Path
 ) -> None:
-    stand_in(monkeypatch, "flowrl.trainer", "train", KeyboardInterrupt())
+    stand_in(monkeypatch, "flowrl.run", "train", KeyboardInterrupt())
     assert main(["train", str(config)]) == 130
     assert capsys.readouterr().err == f"error: stopped; continue with: flowrl train --resume {run}\n"
     (run / "checkpoints" / "step_000010").rmdir()
@@ -182,7 +182,7 @@ def test_ctrl_c_in_training_says_how_to_go_on_with_exit_code_130(
 
 
 def test_a_user_error_from_deep_inside_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path) -> None:
-    stand_in(monkeypatch, "flowrl.trainer", "train", UserError("reward scene: it rains"))
+    stand_in(monkeypatch, "flowrl.run", "train", UserError("reward scene: it rains"))
     assert failure(capsys, "train", str(config)) == ["error: reward scene: it rains"]
 
 

@@ -1,11 +1,11 @@
-"""The clipped surrogate: values by hand, gradients by finite differences, its special cases, and masks."""
+"""Objectives: values by hand, gradients by finite differences, special cases, masks, and the clip bounds of each decision."""
 
 import math
 
 import pytest
 import torch
 
-from flowrl.core.objectives import clipped_surrogate
+from flowrl.core.objectives import OBJECTIVES, clipped_surrogate, dynamic_clip_bounds, reinforce
 from flowrl.types import Decisions
 
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -108,3 +108,103 @@ def test_metrics_carry_no_gradient():
 def test_decisions_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"Decisions.advantages has shape \(2, 3\), log_prob \(2, 4\)"):
         Decisions(log_prob=torch.zeros(2, 4), old_log_prob=torch.zeros(2, 4), advantages=torch.zeros(2, 3), mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+# --- a bound for each decision ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", [1e-6, 1e-4, 0.2, math.inf])
+def test_equal_bounds_for_every_decision_are_one_bound_bit_for_bit(clip, dtype):
+    _, old, advantages = (x.detach().to(dtype) for x in draw(7, spread=0.0, shape=(8, 50)))
+    ratio_minus_one = clip if clip < 1 else 1.0
+    generator = torch.Generator().manual_seed(8)
+    log_prob = old + ratio_minus_one * torch.randn(old.shape, generator=generator, dtype=dtype)
+    one = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=clip, clip_high=2 * clip)
+    for shape in ((), (8, 1), (8, 50)):
+        low = torch.full(shape, clip, dtype=torch.float64)
+        each = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=low, clip_high=2 * low)
+        assert each.loss.equal(one.loss)
+        assert all(each.metrics[name].equal(one.metrics[name]) for name in one.metrics)
+    mixed = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=clip, clip_high=torch.full((8, 1), 2 * clip, dtype=torch.float64))
+    assert mixed.loss.equal(one.loss)
+
+
+def test_every_decision_is_clipped_at_its_own_bounds():
+    ratio = torch.tensor([[0.5], [0.5], [2.0], [2.0]], dtype=torch.float64)
+    advantages = torch.tensor([[-1.0], [-1.0], [1.0], [1.0]], dtype=torch.float64)
+    low, high = (torch.tensor(bounds, dtype=torch.float64)[:, None] for bounds in ([0.1, 0.6, 0.1, 0.1], [0.3, 0.3, 0.3, 1.5]))
+    objective = clipped_surrogate(decisions(ratio.log(), torch.zeros_like(ratio), advantages), clip_low=low, clip_high=high)
+    torch.testing.assert_close(objective.loss, torch.tensor([[0.9], [0.5], [-1.3], [-2.0]], dtype=torch.float64), **FP64)
+    assert objective.metrics["clipped_low"].flatten().tolist() == [1, 0, 0, 0]
+    assert objective.metrics["clipped_high"].flatten().tolist() == [0, 0, 1, 0]
+
+
+def test_dynamic_bounds_by_hand():
+    # sensitivity 0.5 on a clip of 2e-4 and 1e-4: the best node may rise by half more and fall by half less, the worst the other way round
+    low, high = dynamic_clip_bounds(torch.tensor([1.0, 0.5, 0.0]), clip_low=2e-4, clip_high=1e-4, sensitivity=0.5)
+    assert low.tolist() == pytest.approx([1e-4, 2e-4, 3e-4])
+    assert high.tolist() == pytest.approx([1.5e-4, 1e-4, 0.5e-4])
+
+
+def test_dynamic_bounds_never_fall_below_a_tenth():
+    low, high = dynamic_clip_bounds(torch.tensor([1.0, 0.97, 0.9, 0.0]), clip_low=1.0, clip_high=2.0, sensitivity=1.0)
+    assert low.tolist() == pytest.approx([0.1, 0.1, 0.2, 2.0])
+    assert high.tolist() == pytest.approx([4.0, 3.88, 3.6, 0.2])
+
+
+def test_without_sensitivity_dynamic_bounds_are_the_fixed_ones():
+    low, high = dynamic_clip_bounds(torch.linspace(0, 1, 7, dtype=torch.float64), clip_low=1e-4, clip_high=3e-5, sensitivity=0.0)
+    assert low.tolist() == [1e-4] * 7
+    assert high.tolist() == [3e-5] * 7
+
+
+# --- REINFORCE and the table --------------------------------------------------------------------------------------------------------------------
+
+
+def test_reinforce_by_hand():
+    log_ratio, advantages = torch.tensor([[0.0, 0.5, -2.0]]), torch.tensor([[3.0, 2.0, -1.0]])
+    objective = reinforce(decisions(log_ratio, torch.zeros(1, 3), advantages), clip_low=1e-4, clip_high=1e-4)
+    assert objective.loss.tolist() == [[0.0, -1.0, -2.0]]
+    torch.testing.assert_close(objective.metrics["ratio"], log_ratio.exp())
+    assert objective.metrics["clipped_low"].eq(0).all()
+    assert objective.metrics["clipped_high"].eq(0).all()
+
+
+def test_reinforces_gradient_is_minus_advantage_at_every_ratio_and_the_surrogates_at_ratio_one():
+    log_prob, old, advantages = draw(9, spread=0.5)
+    (gradient,) = torch.autograd.grad(reinforce(decisions(log_prob, old, advantages), clip_low=0.1, clip_high=0.1).loss.sum(), log_prob)
+    torch.testing.assert_close(gradient, -advantages, **FP64)
+    assert torch.autograd.gradcheck(lambda x: reinforce(decisions(x, old, advantages), clip_low=0.1, clip_high=0.1).loss, log_prob)
+    log_prob, _, advantages = draw(10, spread=0.0)
+    batch = decisions(log_prob, log_prob.detach(), advantages)
+    ours, surrogate = (
+        torch.autograd.grad(objective(batch, clip_low=0.1, clip_high=0.1).loss.sum(), log_prob)[0] for objective in (reinforce, clipped_surrogate)
+    )
+    torch.testing.assert_close(ours, surrogate, **FP64)
+
+
+@pytest.mark.parametrize("clip", [1e-6, 0.5])
+def test_reinforce_has_no_clip(clip):
+    log_prob, old, advantages = draw(11, spread=2.0)
+    loss = reinforce(decisions(log_prob, old, advantages), clip_low=clip, clip_high=clip).loss
+    torch.testing.assert_close(loss, -advantages * (log_prob - old), **FP64)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_the_same_metrics_and_leaves_masked_decisions_alone(name):
+    log_prob, old, advantages = draw(12, spread=0.5, shape=(2, 3))
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    with torch.no_grad():
+        log_prob[0, 1], advantages[1, 0] = math.nan, math.nan
+    objective = OBJECTIVES[name](decisions(log_prob, old, advantages, mask), clip_low=0.1, clip_high=0.1)
+    assert set(objective.metrics) == {"ratio", "log_ratio", "clipped_low", "clipped_high"}
+    assert all(value.shape == (2, 3) and not value.requires_grad and value.isfinite().all() for value in objective.metrics.values())
+    (gradient,) = torch.autograd.grad(objective.loss.sum(), log_prob)
+    assert objective.loss[~mask].eq(0).all()
+    assert gradient[~mask].eq(0).all()
+    assert gradient[mask].isfinite().all()
+
+
+def test_the_table_names_its_functions():
+    assert list(OBJECTIVES.items()) == [("clipped_surrogate", clipped_surrogate), ("reinforce", reinforce)]

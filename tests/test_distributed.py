@@ -18,7 +18,8 @@ from flowrl.checkpoint import find_checkpoints
 from flowrl.cli import main
 from flowrl.config import Config
 from flowrl.processes import make_accelerator
-from flowrl.trainer import Trainer, train
+from flowrl.run import train
+from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
 ITERATIONS = 3
@@ -33,7 +34,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import toys
-from flowrl.trainer import train
+from flowrl.run import train
 for name, overrides in json.loads(sys.argv[2]).items():
     folder = Path(sys.argv[1]) / name
     config = toys.make_config(folder, Path(sys.argv[3]), *overrides)

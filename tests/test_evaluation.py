@@ -17,9 +17,9 @@ from toys import PROMPTS, as_prompts
 from flowrl.config import Config, RewardConfig
 from flowrl.evaluation import Evaluation, Evaluator, build_rewards, evaluate_run, grid_of, save_grid, sigmas_of
 from flowrl.policies.sd3 import Sd3Policy
+from flowrl.run import train
 from flowrl.seeds import derive_seed, generator
 from flowrl.statistics import mean_ci95
-from flowrl.trainer import train
 from flowrl.types import UserError
 from samplers.rollout import sample_ode
 

@@ -309,7 +309,7 @@ def test_a_fault_in_one_iteration_is_found(run, changes, words):
 @pytest.mark.parametrize("bounds", [(1e-5, 1e-3), (1e-3, 1e-5), (2e-4, 2e-4)])
 @pytest.mark.parametrize(("share", "warns"), [(0.09, False), (0.11, True), (math.nan, True)])
 def test_trainer_and_report_warn_of_a_ratio_above_a_tenth_of_the_smaller_clip_bound(run, bounds, share, warns):
-    from flowrl.trainer import _warnings
+    from flowrl.run import _warnings
 
     objective = dict(zip(("clip_low", "clip_high"), bounds, strict=True))
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from samplers.plans import Node, Plan, chain_plan, minimum_rows, window_plan
+from samplers.nfe import path_rows
+from samplers.plans import Node, Plan, chain_plan, window_plan
 from samplers.schedules import shifted_grid
 
 SIX = shifted_grid(6, 3.0)
@@ -73,17 +74,17 @@ def test_the_rows_of_every_plan_are_the_closed_formulas(same_noise):
         for start, size in itertools.product(range(num_steps), range(1, num_steps)):
             if start + size <= num_steps - 1:
                 plan = window(start, size, group_size=group_size, same_noise=same_noise, sigmas=sigmas)
-                assert (plan.forward_rows, len(plan.train_rows)) == minimum_rows(num_steps, group_size, first=start, count=size, same_noise=same_noise)
+                assert (plan.forward_rows, len(plan.train_rows)) == path_rows(num_steps, group_size, first=start, count=size, same_noise=same_noise)
         for count in range(1, num_steps):
             plan = chain((count + 0.5) / num_steps, group_size=group_size, same_noise=same_noise, sigmas=sigmas)
-            assert (plan.forward_rows, len(plan.train_rows)) == minimum_rows(num_steps, group_size, first=0, count=count, same_noise=same_noise)
+            assert (plan.forward_rows, len(plan.train_rows)) == path_rows(num_steps, group_size, first=0, count=count, same_noise=same_noise)
 
 
 def test_the_closed_formulas_have_the_values_worked_out_by_hand():
     # T = 10, G = 24. Flow-GRPO trains 9 steps; Fast with shared noise from step 1 one step: 2 + 24 * 8 forward, one training row
-    assert minimum_rows(10, 24, first=0, count=9, same_noise=False) == (240, 216)
-    assert minimum_rows(10, 24, first=1, count=1, same_noise=True) == (194, 1)
-    assert minimum_rows(10, 24, first=2, count=3, same_noise=True) == (3 + 24 * 7, 1 + 24 * 2)
+    assert path_rows(10, 24, first=0, count=9, same_noise=False) == (240, 216)
+    assert path_rows(10, 24, first=1, count=1, same_noise=True) == (194, 1)
+    assert path_rows(10, 24, first=2, count=3, same_noise=True) == (3 + 24 * 7, 1 + 24 * 2)
 
 
 @pytest.mark.parametrize(

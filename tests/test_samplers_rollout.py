@@ -9,7 +9,8 @@ import torch
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from flowrl.types import Rollout
 from samplers.kernels import Step, expand, load_kernel
-from samplers.plans import Node, Plan, chain_plan, minimum_rows, window_plan
+from samplers.nfe import path_rows
+from samplers.plans import Node, Plan, chain_plan, window_plan
 from samplers.rollout import concatenate, execute, sample_ode
 from samplers.schedules import diffusers_grid, shifted_grid
 
@@ -65,7 +66,7 @@ def test_the_rows_asked_for_are_the_minimum(kind, same_noise):
     velocity = Counted()
     rollout = roll_out(plan_of(kind, same_noise), range(3), velocity)
     first, count = (0, 5) if kind == "chain" else (2, 2)
-    forward, train = minimum_rows(6, 4, first=first, count=count, same_noise=same_noise)
+    forward, train = path_rows(6, 4, first=first, count=count, same_noise=same_noise)
     assert len(velocity.rows) == rollout.forward_rows == 3 * forward
     assert len(rollout.row_sigma) == 3 * train
     assert velocity.calls == 6  # a wave is one batch

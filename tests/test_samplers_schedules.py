@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from samplers.schedules import GRIDS, diffusers_grid, flux_grid, flux_shift, shift_sigma, shifted_grid, sigma_grid
+from samplers.schedules import GRIDS, diffusers_grid, flux_grid, flux_shift, leading_timesteps, shift_sigma, shifted_grid, sigma_grid, vp_grid
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 FP32 = {"rtol": 1e-6, "atol": 2e-7}  # diffusers keeps sigmas in float32
@@ -75,3 +75,40 @@ def test_every_grid_falls_strictly_from_one_to_zero(kind, num_steps, shift):
 def test_a_wrong_grid_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         sigma_grid(*arguments)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 20, 50, 999])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_vp_grid_is_what_diffusers_ddim_visits(num_steps, offset):
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=offset)
+    scheduler.set_timesteps(num_steps)
+    assert list(leading_timesteps(num_steps, steps_offset=offset)) == scheduler.timesteps.tolist()
+    bars = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod[None]]).double()
+    grid = vp_grid(scheduler.alphas_cumprod.tolist(), num_steps, offset)
+    torch.testing.assert_close(torch.tensor(grid, dtype=torch.float64), (1 - bars).sqrt(), rtol=1e-12, atol=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(grid))
+
+
+def test_the_vp_grid_has_the_value_by_hand():
+    # alphabar 0.96, 0.84, 0.64, 0.36 at timesteps 0 to 3; two steps visit timesteps 2 and 0, with an offset of 1 timesteps 3 and 1
+    bars = [0.96, 0.84, 0.64, 0.36]
+    assert vp_grid(bars, 2) == pytest.approx((0.6, 0.2, 0.0), **EXACT)
+    assert vp_grid(bars, 2, steps_offset=1) == pytest.approx((0.8, 0.4, 0.0), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("bars", "num_steps", "offset", "message"),
+    [
+        ([0.9, 0.5], 0, 0, "0 steps with offset 0 do not fit into 2 training timesteps"),
+        ([0.9, 0.5], 3, 0, "3 steps with offset 0 do not fit into 2"),
+        ([0.9, 0.5], 2, 1, "2 steps with offset 1 do not fit into 2"),
+        ([0.9, 0.5], 1, -1, "offset -1"),
+        ([0.5, 0.9], 2, 0, r"alphas_cumprod must fall with the timestep, inside \[0, 1\)"),
+        ([1.0, 0.5], 2, 0, "alphas_cumprod must fall"),
+        ([0.9, -0.5], 2, 0, "alphas_cumprod must fall"),
+        ([0.9, float("nan")], 2, 0, "alphas_cumprod must fall"),
+    ],
+)
+def test_a_wrong_vp_grid_is_refused(bars, num_steps, offset, message):
+    with pytest.raises(ValueError, match=message):
+        vp_grid(bars, num_steps, offset)

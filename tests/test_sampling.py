@@ -17,8 +17,8 @@ from flowrl import sampling
 from flowrl.cli import main
 from flowrl.config import Config, ModelConfig
 from flowrl.policies.sd3 import Sd3Policy
+from flowrl.run import train
 from flowrl.sampling import picture_names, sample_to_folder
-from flowrl.trainer import train
 from flowrl.types import UserError
 
 Configure = Callable[..., Config]

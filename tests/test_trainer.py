@@ -14,9 +14,11 @@ from torch import Tensor
 from toys import PROMPTS
 
 import flowrl
+from flowrl.assignment import Assignment
 from flowrl.config import Config, load_config
-from flowrl.seeds import derive_seed
-from flowrl.trainer import Trainer, build_plan, train
+from flowrl.core.advantages import edge_advantages
+from flowrl.run import train
+from flowrl.trainer import Trainer
 from flowrl.types import Rollout, UserError
 
 Configure = Callable[..., Config]
@@ -121,12 +123,18 @@ def test_without_a_kl_none_is_computed_or_logged(configure: Configure) -> None:
 
 def roll_out(trainer: Trainer) -> tuple[Rollout, Tensor, list[Any]]:
     """A rollout of three groups, made-up advantages of its samples, and its prompts."""
-    config = trainer.config
-    plan = build_plan(config.rollout, trainer.sigmas, derive_seed(config.seed, 1))
+    plan = trainer.plan(1)
     prompts = trainer.prompts[:3]
     rollout, _ = trainer.roll_out(plan, prompts, [0, 1, 2], 1)
     advantages = torch.randn(len(rollout.leaves), generator=torch.Generator().manual_seed(9))
     return rollout, advantages, prompts
+
+
+def assignment_of(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> Assignment:
+    """All decisions trained with the given advantages of their samples."""
+    objective, edges = trainer.config.objective, len(rollout.edge_row)
+    low, high = torch.full((edges,), objective.clip_low), torch.full((edges,), objective.clip_high)
+    return Assignment(rollout, edge_advantages(advantages, rollout.leaf_edge, edges), low, high, None, len(rollout.row_sigma), {})
 
 
 @pytest.mark.parametrize("guidance_scale", [1, 2])
@@ -136,7 +144,7 @@ def test_the_gradient_is_that_of_reinforce_on_the_gaussian_steps(configure: Conf
     rollout, advantages, prompts = roll_out(trainer)
     seen = record_gradients(trainer, monkeypatch)
     before = weights(trainer)
-    trainer.update(rollout, advantages, prompts, [0, 1, 2], 1)
+    trainer.update(trainer.plan(1), assignment_of(trainer, rollout, advantages), prompts, [0, 1, 2], 1)
     for p, value in zip(trainer.parameters, before, strict=True):
         p.data.copy_(value)
 
@@ -186,7 +194,7 @@ def test_the_size_of_a_micro_batch_does_not_change_the_update(configure: Configu
             lambda _m, _a, kwargs, calls=calls: calls.append(len(kwargs["hidden_states"])) if torch.is_grad_enabled() else None, with_kwargs=True
         )
         before = weights(trainer)
-        trainer.update(rollout, advantages, prompts, [0, 1, 2], 1)
+        trainer.update(trainer.plan(1), assignment_of(trainer, rollout, advantages), prompts, [0, 1, 2], 1)
         assert max(calls) <= size
         assert sum(calls) == len(rollout.row_sigma)
         found[size] = (seen[0], weights(trainer))
@@ -199,7 +207,7 @@ def test_the_size_of_a_micro_batch_does_not_change_the_update(configure: Configu
 def test_an_update_makes_better_samples_likelier(configure: Configure) -> None:
     trainer = Trainer(configure("optimizer.learning_rate=0.001"))
     rollout, advantages, prompts = roll_out(trainer)
-    trainer.update(rollout, advantages, prompts, [0, 1, 2], 1)
+    trainer.update(trainer.plan(1), assignment_of(trainer, rollout, advantages), prompts, [0, 1, 2], 1)
     from flowrl.likelihoods.transition import select_rows
 
     batch = select_rows(rollout, torch.arange(len(rollout.row_sigma)), trainer.policy.prompt_rows([p.text for p in prompts]))
@@ -299,8 +307,9 @@ def test_every_training_row_belongs_to_exactly_one_update_of_an_epoch(configure:
         assert sorted(torch.cat(parts).tolist()) == list(range(len(rollout.row_sigma)))
         assert [len(part) for part in parts] == [5, 5, 5]  # 3 groups of 1 + 4 rows
     assert any(a.tolist() != b.tolist() for a, b in zip(*epochs, strict=True))
+    few = Trainer(configure("objective.updates_per_iteration=3", "rollout.same_noise=true", "rollout.window.size=1"))
     with pytest.raises(UserError, match="updates_per_iteration: 3 updates are more than this process has rows"):
-        trainer.split(trainer.roll_out(build_plan(trainer.config.rollout, trainer.sigmas, 0), trainer.prompts[:1], [0], 1)[0], [0] * 5, (1, 0))
+        few.split(few.roll_out(few.plan(1), few.prompts[:1], [0], 1)[0], [0], (1, 0))
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------------------------------
@@ -372,7 +381,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(confi
     rollout, advantages, prompts = roll_out(trainer)
     advantages[0] = math.inf
     with pytest.raises(UserError, match=r"the gradient became \w+ at update 2; .*lower optimizer\.learning_rate"):
-        trainer.update(rollout, advantages, prompts, [0, 1, 2], 1)
+        trainer.update(trainer.plan(1), assignment_of(trainer, rollout, advantages), prompts, [0, 1, 2], 1)
     assert difference(before, weights(trainer)) == 0
 
 

@@ -233,7 +233,7 @@ def _stamp(path: Path | None) -> tuple[int, int] | None:
 
 def _die_at(place: str) -> None:
     """Make this process kill itself at the n-th time that it comes to a place, given as NAME:n."""
-    from flowrl import checkpoint, evaluation, tracking, trainer
+    from flowrl import checkpoint, evaluation, run, tracking
 
     name, _, count = place.partition(":")
     left = [int(count)]
@@ -276,15 +276,15 @@ def _die_at(place: str) -> None:
         "before pruning": (checkpoint, "find_checkpoints", die),
         "half a line": (tracking, "_append", half_a_file),
         "before a grid": (evaluation, "grid_of", die),
-        "before the report": (trainer, "write_report", die),
+        "before the report": (run, "write_report", die),
     }
     instead(*places[name])
 
 
 def _serve() -> None:
     import flowrl.cli
+    import flowrl.run
     import flowrl.sampling
-    import flowrl.trainer
 
     for line in sys.stdin:
         job = json.loads(line)

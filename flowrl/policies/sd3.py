@@ -109,6 +109,8 @@ class Sd3Policy:
         UserError: the model cannot be loaded, or the size is not a multiple of what the model needs.
     """
 
+    prediction = "flow"
+
     def __init__(self, config: ModelConfig, device: torch.device, *, rows_per_forward: int = 256, keep_reference: bool = False) -> None:
         self.config, self.device, self.rows_per_forward = config, device, rows_per_forward
         self.dtype = _DTYPES[config.dtype]

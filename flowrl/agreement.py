@@ -1,0 +1,182 @@
+"""Values of a run that are fine alone and impossible together: one line for each such pair, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowrl.config import Config, RolloutConfig
+
+__all__ = ["disagreements"]
+
+
+def disagreements(config: Config) -> Iterator[str]:
+    """One line for every pair of values that do not go together, with what to do."""
+    if config.rollout.num_steps < 2:
+        yield "rollout.num_steps: 1 leaves nothing to train, the last step is never stochastic; use at least 2"
+    else:
+        yield from _plan(config.rollout)
+    yield from _selection(config)
+    yield from _credit(config)
+    yield from _training(config)
+
+
+def _plan(rollout: RolloutConfig) -> Iterator[str]:
+    chain, tree, granular = (rollout.plan == name for name in ("chain", "tree", "granular"))
+    problems = list(_chain(rollout) if chain else _window(rollout) if _has_window(rollout) else ())
+    problems += [*_tree(rollout)] if tree else [*_granular(rollout)] if granular else []
+    yield from problems
+    after = rollout.after_window
+    if (chain or granular) and (after.solver != "ode" or after.compression < 1):
+        yield f"rollout.after_window: the plan {rollout.plan} takes no steps after a window; use plan: window or tree, or leave it out"
+    if not problems:
+        yield from _noise(rollout)
+
+
+def _has_window(rollout: RolloutConfig) -> bool:
+    return rollout.plan in ("window", "granular") or (rollout.plan == "tree" and (rollout.tree.splits is None or rollout.tree.stochastic == "window"))
+
+
+def _chain(rollout: RolloutConfig) -> Iterator[str]:
+    if int(rollout.train_fraction * rollout.num_steps) < 1:
+        yield (
+            f"rollout.train_fraction: {rollout.train_fraction} of {rollout.num_steps} steps is less than one step; "
+            f"use at least {math.ceil(1000 / rollout.num_steps) / 1000}"
+        )
+
+
+def _window(rollout: RolloutConfig) -> Iterator[str]:
+    window, high, last = rollout.window, rollout.window_high, rollout.num_steps - 1
+    if window.schedule == "backward":
+        if rollout.plan != "window":
+            yield f"rollout.window.schedule: backward grows a window from the end and fits plan: window, not {rollout.plan}"
+        if not 2 <= window.backward_first <= rollout.num_steps:
+            yield f"rollout.window.backward_first: {window.backward_first} is not within the {rollout.num_steps} steps; use 2 to {rollout.num_steps}"
+    elif high > last:
+        yield f"rollout.window.high: {high} is too large for {rollout.num_steps} steps, of which the last is never stochastic; use at most {last}"
+    elif window.low >= high:
+        yield f"rollout.window.low: {window.low} leaves no step below window.high = {high}; use at most {high - 1}"
+    elif window.size > high - window.low:
+        yield (
+            f"rollout.window.size: {window.size} does not fit into the {high - window.low} steps {window.low}..{high - 1}; "
+            f"use a smaller size or a larger window.high (at most {last})"
+        )
+
+
+def _tree(rollout: RolloutConfig) -> Iterator[str]:
+    tree, last = rollout.tree, rollout.num_steps - 2
+    splits = range(rollout.window.size) if tree.splits is None else tree.splits
+    if tree.splits is not None and (not splits or len(set(splits)) < len(splits) or max(splits) > last):
+        yield f"rollout.tree.splits: {list(splits)} must be different steps within 0..{last} (the last step is never stochastic)"
+    if len(tree.branching) not in (1, len(splits)):
+        yield f"rollout.tree.branching: {len(tree.branching)} numbers for {len(splits)} splits; give one number, or one for each split"
+        return
+    leaves = math.prod(tree.branching * len(splits) if len(tree.branching) == 1 else tree.branching)
+    if rollout.group_size % leaves:
+        yield (
+            f"rollout.group_size: a tree with these branching factors has {leaves:,} leaves, and {rollout.group_size} is not a multiple of them; "
+            f"use {leaves:,}, or lower rollout.tree.branching"
+        )
+    elif rollout.same_noise and rollout.group_size > leaves:
+        yield f"rollout.same_noise: {rollout.group_size // leaves} trees from one start noise would be one tree; use group_size {leaves:,} or same_noise: false"
+
+
+def _granular(rollout: RolloutConfig) -> Iterator[str]:
+    left = rollout.num_steps - rollout.window_high - 1
+    if not rollout.same_noise:
+        yield "rollout.same_noise: the granular plan has one anchor path per prompt; set same_noise: true"
+    if len(set(rollout.granularities)) < len(rollout.granularities):
+        yield f"rollout.granularities: {list(rollout.granularities)} names one twice; the same pictures would count double"
+    elif max(rollout.granularities) > left:
+        yield (
+            f"rollout.granularities: a stride of {max(rollout.granularities)} does not fit into the {left} steps that remain two steps after step "
+            f"{rollout.window_high - 1}; use at most {left}, or a smaller window.high"
+        )
+
+
+def stochastic_steps(rollout: RolloutConfig) -> list[int]:
+    """The steps of a tree that carry noise, with the window at its first start; of the other plans as many numbers as they have such steps."""
+    if rollout.plan == "chain":
+        return list(range(max(1, min(rollout.num_steps - 1, int(rollout.train_fraction * rollout.num_steps)))))
+    window = range(rollout.window.low, rollout.window.low + rollout.window.size)
+    if rollout.plan != "tree":
+        return list(window)
+    splits = window if rollout.tree.splits is None else rollout.tree.splits
+    return sorted({"splits": {*splits}, "window": {*splits, *window}, "all": {*range(rollout.num_steps - 1)}}[rollout.tree.stochastic])
+
+
+def _noise(rollout: RolloutConfig) -> Iterator[str]:
+    levels, steps = rollout.noise_level, len(stochastic_steps(rollout))
+    moving = rollout.window.schedule == "backward" or (rollout.plan == "tree" and rollout.tree.stochastic == "window" and rollout.tree.splits is not None)
+    if len(levels) > 1 and (moving or len(levels) != steps):
+        count = "a number of stochastic steps that changes" if moving else f"{steps} stochastic steps"
+        yield f"rollout.noise_level: {len(levels)} levels for {count}; give one number" + ("" if moving else ", or one for each step")
+    top = max(levels) * (1 + rollout.tree.noise_growth if rollout.plan == "tree" else 1)
+    if top > 1:
+        from samplers.kernels import check_noise_level  # it needs torch, which `flowrl methods` does not
+
+        try:
+            check_noise_level(rollout.kernel, top)
+        except ValueError as error:
+            yield f"rollout.noise_level: {error}"
+
+
+def _selection(config: Config) -> Iterator[str]:
+    rollout, selection = config.rollout, config.selection
+    if selection.fraction < 1 and rollout.plan not in ("chain", "window"):
+        yield f"selection.fraction: a subset of each sample's steps fits plan: chain or window; the samples of a {rollout.plan} plan share their steps"
+    for name in ("depth", "width"):
+        if getattr(selection, name) is not None and rollout.plan != "tree":
+            yield f"selection.{name}: pruning needs a tree; use plan: tree, or leave it out"
+    depth = selection.depth
+    if depth is not None and rollout.plan == "tree":
+        if depth.last < depth.first:
+            yield f"selection.depth: first = {depth.first} lies after last = {depth.last}"
+        elif rollout.num_steps >= 2:
+            trained = {k + 1 for k in stochastic_steps(rollout)}
+            span = depth.last - depth.first
+            if any(trained <= {*range(first, first + span + 1)} for first in range(min(depth.stop, depth.first), depth.first + 1)):
+                yield f"selection.depth: depths {depth.first}..{depth.last} would leave no decision to train; use a narrower window"
+    contrast = selection.contrast
+    if contrast is not None:
+        if rollout.plan != "window" or not rollout.same_noise:
+            yield "selection.contrast: best against worst needs the samples of a branch; use plan: window with same_noise: true"
+        if contrast.low >= contrast.high:
+            yield f"selection.contrast: low = {contrast.low} must be below high = {contrast.high}"
+
+
+def _credit(config: Config) -> Iterator[str]:
+    credit, advantage, plan = config.credit, config.advantage, config.rollout.plan
+    if credit.normalize != "leaf" and advantage.name != "group_zscore":
+        yield f"credit.normalize: {credit.normalize} compares nodes by their z-score; set advantage.name: group_zscore"
+    if credit.normalize != "leaf" and plan == "granular":
+        yield "credit.normalize: leaves of a granular plan are compared within their step and granularity; use leaf"
+    if credit.integrate == "sum" and plan != "granular":
+        yield "credit.integrate: only a granular plan has several granularities to sum over; use mean"
+    if advantage.aggregate == "advantages" and advantage.name == "prompt_history":
+        yield "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards"
+    if config.layer_tuning.weight > 0 and plan != "tree":
+        yield "layer_tuning.weight: the supervised term follows the best path of a tree; use plan: tree, or weight 0"
+
+
+def _training(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    images = rollout.groups_per_iteration * rollout.group_size
+    if config.objective.updates_per_iteration > images:
+        yield (
+            f"objective.updates_per_iteration: {config.objective.updates_per_iteration} is more than the {images} images of an iteration "
+            "(groups_per_iteration x group_size)"
+        )
+    for guidance_scale, name in ((rollout.guidance_scale, "rollout"), (config.evaluation.guidance_scale, "evaluation")):
+        if guidance_scale > 1 and config.training.rows_per_forward < 2:
+            yield f"training.rows_per_forward: with {name}.guidance_scale > 1 every image takes 2 rows; use at least 2"
+    if (config.model.height is None) != (config.model.width is None):
+        yield "model.height and model.width: give both or neither"
+    for where, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+        keys = [(reward.name, sorted(reward.args.items(), key=str)) for reward in rewards]
+        for name in sorted({key[0] for key in keys if keys.count(key) > 1}):
+            yield f"{where}: {name} is listed twice; keep one and set its weight"
+    if all(reward.weight == 0 for reward in config.rewards):
+        yield "rewards: every weight is 0, nothing would be learned; give at least one reward another weight"

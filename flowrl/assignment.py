@@ -1,0 +1,247 @@
+"""From scores of samples to what each random decision is trained with: its advantage, its clip bounds, whether it is trained at all.
+
+The order: advantages of leaves, or rewards of nodes (`credit`); normalisation; clamp; selection. Everything is computed on whole groups, which live on
+one process; only the statistics over all rewards of an iteration need the other processes.
+
+Letters: B leaves, E decisions (edges), R rows, P groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl.config import Config
+from flowrl.core.advantages import ADVANTAGES, group_statistics
+from flowrl.core.credit import backup, integrate, layer_advantages, layer_position, sibling_advantages
+from flowrl.core.history import PromptHistory
+from flowrl.core.layer_tuning import progress_weights, rows_of_best, straight_velocity
+from flowrl.core.objectives import dynamic_clip_bounds
+from flowrl.core.selection import contrast_mask, depth_mask, depth_window, edges_of_leaves, fraction_mask, width_mask
+from flowrl.seeds import generator
+from flowrl.types import Rollout, Scores, UserError
+from samplers.plans import Plan
+from samplers.rollout import select_edges
+
+__all__ = ["Assigner", "Assignment", "Tuning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """LayerTuning-RL: weight [R] float32 and target velocity [R, L...] of every training row."""
+
+    weight: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What an iteration trains with on this process.
+
+    Attributes:
+        rollout: with the selected decisions only.
+        advantages, clip_low, clip_high: [E] float32.
+        tuning: None without layer tuning.
+        rows: the least training rows of these decisions, counted from the plan.
+        sums: numbers to be added over processes: abs_advantage, clamped, all (decisions before the selection), kept, tuned (rows with a weight), rows.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    tuning: Tuning | None
+    rows: int
+    sums: dict[str, float]
+
+
+class Assigner:
+    """The `advantage`, `credit`, `selection` and `layer_tuning` sections of a run. Its only state is the history of rewards, if one is kept."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        a = config.advantage
+        self.history = PromptHistory(a.history_size, a.history_least) if a.name == "prompt_history" else None
+        self.keep_velocity = config.objective.ratio == "ratio_norm" or (config.layer_tuning.weight > 0)
+
+    def __call__(
+        self,
+        plan: Plan,
+        rollout: Rollout,
+        scores: dict[str, Scores],
+        everywhere: dict[str, Scores],
+        *,
+        prompts: tuple[Tensor, Tensor],
+        numbers: Sequence[int],
+        iteration: int,
+    ) -> Assignment:
+        """Assign credit.
+
+        Args:
+            scores: of this process's leaves; ``everywhere``: of all processes, in any fixed order.
+            prompts: the prompt number of each leaf, here and everywhere.
+            numbers: this process's group numbers within the iteration; they seed random selections.
+        """
+        config, total = self.config, scores["total"]
+        group, rewards, valid = rollout.row_group[rollout.edge_row], total.values.double(), total.valid
+        leaf = self._leaf_advantages(rollout, scores, everywhere, prompts)
+        value, known = self._backup(rollout, rewards, valid, "mean" if config.credit.normalize == "leaf" else config.credit.backup)
+        raw = self._edge_advantages(rollout, leaf, value, known, valid, group)
+        clamped = raw.clamp(-config.advantage.clip, config.advantage.clip)
+        low, high = torch.full_like(clamped, config.objective.clip_low), torch.full_like(clamped, config.objective.clip_high)
+        if config.objective.dynamic_clip > 0:
+            position = layer_position(value, known, group=group, step=rollout.edge_step)
+            low, high = dynamic_clip_bounds(
+                position, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high, sensitivity=config.objective.dynamic_clip
+            )
+        keep = self._selection(plan, rollout, leaf, valid, value, known, group, numbers, iteration)
+        if not bool(keep.any()):  # e.g. no branch with a contrast: the first group stays in the update with advantage 0, so that all processes make it
+            keep = group == 0
+            clamped = torch.zeros_like(clamped)
+        chosen = select_edges(rollout, keep)
+        tuning = self._tuning(chosen, rewards, valid) if config.layer_tuning.weight > 0 else None
+        sums = {
+            "abs_advantage": clamped.abs().sum().item(),
+            "clamped": float((raw != clamped).sum()) if bool(keep.any()) else 0.0,
+            "all": float(len(keep)),
+            "kept": float(keep.sum()),
+            "tuned": 0.0 if tuning is None else float((tuning.weight > 0).sum()),
+            "rows": float(len(chosen.row_sigma)),
+        }
+        return Assignment(chosen, clamped[keep].float(), low[keep].float(), high[keep].float(), tuning, least_rows(plan, keep, len(numbers)), sums)
+
+    def _leaf_advantages(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], prompts: tuple[Tensor, Tensor]) -> Tensor:
+        """[B] float64, from the total reward or as the weighted sum of each reward's advantage."""
+        a = self.config.advantage
+        if self.history is not None:
+            here, there = prompts
+            self.history.update(there, everywhere["total"].values.double(), everywhere["total"].valid)
+            mean, std = self.history.statistics(here)
+            total = scores["total"]
+            return torch.where(total.valid, (total.values.double() - mean) / (std + a.eps), 0.0)
+        weights = {"total": 1.0} if a.aggregate == "rewards" else {r.name: r.weight for r in self.config.rewards if r.weight != 0}
+        num_sets = int(rollout.leaf_set.max()) + 1
+        out = torch.zeros(len(rollout.leaf_set), dtype=torch.float64)
+        for name, weight in weights.items():
+            score, every = scores[name], everywhere[name]
+            rewards = every.values[every.valid].double()
+            if not len(rewards):
+                raise UserError(f"reward {name} could score no sample of the iteration; see its own messages")
+            spread = rewards.std(correction=a.ddof) if len(rewards) > a.ddof else torch.zeros(())
+            valid = score.valid & scores["total"].valid
+            out += weight * ADVANTAGES[a.name](score.values.double(), rollout.leaf_set, valid, num_sets, eps=a.eps, ddof=a.ddof, global_spread=spread)
+        return out
+
+    def _backup(self, rollout: Rollout, values: Tensor, valid: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
+        return backup(
+            kind,
+            values,
+            valid,
+            leaf_edge=rollout.leaf_edge,
+            edge_parent=rollout.edge_parent,
+            log_prob=rollout.edge_old_log_prob.cpu(),
+            temperature=self.config.credit.temperature,
+        )
+
+    def _edge_advantages(self, rollout: Rollout, leaf: Tensor, value: Tensor, known: Tensor, valid: Tensor, group: Tensor) -> Tensor:
+        """[E] float64, before the clamp."""
+        credit, a, step = self.config.credit, self.config.advantage, rollout.edge_step
+        if credit.normalize == "layer":
+            return layer_advantages(value, known, group=group, step=step, eps=a.eps, ddof=a.ddof)
+        if credit.normalize == "sibling":
+            return sibling_advantages(value, known, row=rollout.edge_row, group=group, step=step, eps=a.eps, ddof=a.ddof)
+        if credit.backup == "mean":
+            return integrate(credit.integrate, leaf, rollout.leaf_edge, len(step))
+        backed, seen = self._backup(rollout, leaf, valid, credit.backup)
+        return torch.where(seen, backed, 0.0)
+
+    def _selection(
+        self,
+        plan: Plan,
+        rollout: Rollout,
+        leaf: Tensor,
+        valid: Tensor,
+        value: Tensor,
+        known: Tensor,
+        group: Tensor,
+        numbers: Sequence[int],
+        iteration: int,
+    ) -> Tensor:
+        """[E] bool: the decisions to train."""
+        s, step = self.config.selection, rollout.edge_step
+        keep = torch.ones(len(step), dtype=torch.bool)
+        if s.fraction < 1:
+            sample = torch.zeros(len(step), dtype=torch.int64).scatter_(0, rollout.leaf_edge[:, 0], rollout.leaf_edge[:, 1])
+            keep &= fraction_mask(sample, group, s.fraction, [generator(self.config.seed, "fraction", iteration, g) for g in numbers])
+        if s.depth is not None:
+            keep &= depth_mask(step, depth_window(s.depth.first, s.depth.last, s.depth.slide_every, s.depth.stop, iteration))
+        if s.width is not None:
+            parents = [node.parent for node in plan.nodes if node.trained]
+            last_split = max((plan.nodes[p].step for p in parents if parents.count(p) > 1), default=0)
+            keep &= width_mask(
+                value,
+                known,
+                row=rollout.edge_row,
+                group=group,
+                step=step,
+                edge_parent=rollout.edge_parent,
+                last_split=last_split,
+                keep=s.width.keep,
+                mode=s.width.mode,
+            )
+        if s.contrast is not None:
+            chosen = contrast_mask(leaf, valid, branch=rollout.leaf_group, high=s.contrast.high, low=s.contrast.low)
+            keep &= edges_of_leaves(chosen, rollout.leaf_edge, len(step))
+        return keep
+
+    def _tuning(self, rollout: Rollout, rewards: Tensor, valid: Tensor) -> Tuning:
+        """Weights and targets of the supervised term."""
+        tuning, num_groups = self.config.layer_tuning, int(rollout.leaf_group.max()) + 1
+        group = rollout.leaf_group
+        low, high = torch.full((num_groups,), torch.inf, dtype=torch.float64), torch.full((num_groups,), -torch.inf, dtype=torch.float64)
+        low = low.scatter_reduce(0, group, torch.where(valid, rewards, torch.inf), "amin")
+        high = high.scatter_reduce(0, group, torch.where(valid, rewards, -torch.inf), "amax")
+        mean, std, _ = group_statistics(rewards, group, valid, num_groups, 0)
+        at_top = torch.nonzero(valid & (rewards == high[group])).squeeze(1)
+        first = torch.full((num_groups,), len(group)).scatter_reduce(0, group[at_top], at_top, "amin")
+        best_leaf = torch.where(first < len(group), first, -1)
+
+        row, leaf = rollout.edge_row[rollout.leaf_edge[:, 0]], rollout.leaf_edge[:, 1]
+        pairs = torch.stack([row, leaf], 1).unique(dim=0)
+        use = valid[pairs[:, 1]].double()
+        count = torch.zeros(len(rollout.row_sigma), dtype=torch.float64).index_add_(0, pairs[:, 0], use)
+        total = torch.zeros_like(count).index_add_(0, pairs[:, 0], torch.where(valid, rewards, 0.0)[pairs[:, 1]])
+        weight = progress_weights(total / count, rollout.row_group, high, low, mean, std, tuning.guard)
+        if tuning.target == "to_best_x0":
+            index = best_leaf[rollout.row_group].clamp_min(0).to(rollout.leaves.device)
+            target = straight_velocity(rollout.row_x, rollout.row_sigma, rollout.leaves[index])
+        else:
+            source = rows_of_best(pairs, rollout.row_group, rollout.row_step, best_leaf)
+            weight = torch.where(source < 0, torch.zeros_like(weight), weight)
+            assert rollout.row_velocity is not None
+            target = rollout.row_velocity[source.clamp_min(0).to(rollout.row_velocity.device)]
+        return Tuning(weight.float(), target)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self.history is None else self.history.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """
+        Raises:
+            UserError: the checkpoint has a history and the config keeps none, or the other way round.
+        """
+        if (self.history is None) != (state is None):
+            raise UserError("the checkpoint and the config disagree on whether rewards of prompts are remembered (advantage.name: prompt_history)")
+        if self.history is not None and state is not None:
+            self.history.load_state_dict(state)
+
+
+def least_rows(plan: Plan, keep: Tensor, num_groups: int) -> int:
+    """Distinct latents that the kept decisions leave, from the plan alone: keep [P E'] bool, group by group in the plan's order."""
+    parents = torch.tensor([node.parent for node in plan.nodes if node.trained])
+    number = torch.arange(num_groups).repeat_interleave(len(parents)) * len(plan.nodes) + parents.repeat(num_groups)
+    return len(number[keep].unique())

@@ -1,0 +1,41 @@
+"""The least network rows of a group, in closed form: what a run prints as ``nfe/minimum`` beside what it used.
+
+Derived in docs/nfe.md. These formulas know nothing of plans or of the executor; tests hold them against counted calls.
+
+Letters: T steps, G group size, s first stochastic step, W stochastic steps, R roots, b_k children at step k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+__all__ = ["Rows", "granular_rows", "path_rows", "tree_rows"]
+
+Rows = tuple[int, int]
+"""(rows of the rollout, rows of a training pass), both forward."""
+
+
+def path_rows(num_steps: int, group_size: int, *, first: int, count: int, same_noise: bool) -> Rows:
+    """Chains and windows with ``count`` trained steps from ``first``.
+
+    Independent start noise: G T and G W. Shared: s + 1 + G (T - s - 1) and 1 + G (W - 1).
+    """
+    if same_noise:
+        return first + 1 + group_size * (num_steps - first - 1), 1 + group_size * (count - 1)
+    return group_size * num_steps, group_size * count
+
+
+def tree_rows(num_steps: int, *, roots: int, branching: Mapping[int, int], trained: Collection[int]) -> Rows:
+    """Trees: R prod_(i < k) b_i distinct latents at step k; their sum over all steps, and over the trained ones."""
+    at = [roots * math.prod(b for i, b in branching.items() if i < k) for k in range(num_steps)]
+    return sum(at), sum(at[k] for k in trained)
+
+
+def granular_rows(num_steps: int, group_size: int, *, steps: Sequence[int], granularities: Sequence[int]) -> Rows:
+    """G2RPO: the anchor up to the last stochastic step, then G sum_s [2 + sum_g (ceil((T - s - 2) / g) - 1)]; one training row for each s.
+
+    The first two velocities after the stochastic step serve all granularities.
+    """
+    suffix = sum(2 + sum(math.ceil((num_steps - s - 2) / g) - 1 for g in granularities) for s in steps)
+    return max(steps) + 1 + group_size * suffix, len(steps)
