@@ -25,7 +25,8 @@ from flowrl.core.advantages import edge_advantages
 from flowrl.seeds import generator
 from flowrl.trainer import Trainer
 from flowrl.versions import versions
-from samplers.rollout import concatenate, execute
+from samplers.forest import concatenate
+from samplers.rollout import execute
 
 RECIPES = {
     "window, shared noise (make demo)": [],

@@ -96,7 +96,7 @@ def _granular(rollout: RolloutConfig) -> Iterator[str]:
         )
 
 
-def stochastic_steps(rollout: RolloutConfig) -> list[int]:
+def _stochastic_steps(rollout: RolloutConfig) -> list[int]:
     """The steps of a tree that carry noise, with the window at its first start; of the other plans as many numbers as they have such steps."""
     if rollout.plan == "chain":
         return list(range(max(1, min(rollout.num_steps - 1, int(rollout.train_fraction * rollout.num_steps)))))
@@ -108,7 +108,7 @@ def stochastic_steps(rollout: RolloutConfig) -> list[int]:
 
 
 def _noise(rollout: RolloutConfig) -> Iterator[str]:
-    levels, steps = rollout.noise_level, len(stochastic_steps(rollout))
+    levels, steps = rollout.noise_level, len(_stochastic_steps(rollout))
     moving = rollout.window.schedule == "backward" or (rollout.plan == "tree" and rollout.tree.stochastic == "window" and rollout.tree.splits is not None)
     if len(levels) > 1 and (moving or len(levels) != steps):
         count = "a number of stochastic steps that changes" if moving else f"{steps} stochastic steps"
@@ -135,7 +135,7 @@ def _selection(config: Config) -> Iterator[str]:
         if depth.last < depth.first:
             yield f"selection.depth: first = {depth.first} lies after last = {depth.last}"
         elif rollout.num_steps >= 2:
-            trained = {k + 1 for k in stochastic_steps(rollout)}
+            trained = {k + 1 for k in _stochastic_steps(rollout)}
             span = depth.last - depth.first
             if any(trained <= {*range(first, first + span + 1)} for first in range(min(depth.stop, depth.first), depth.first + 1)):
                 yield f"selection.depth: depths {depth.first}..{depth.last} would leave no decision to train; use a narrower window"
@@ -157,6 +157,11 @@ def _credit(config: Config) -> Iterator[str]:
         yield "credit.integrate: only a granular plan has several granularities to sum over; use mean"
     if advantage.aggregate == "advantages" and advantage.name == "prompt_history":
         yield "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards"
+    if advantage.name == "prompt_history" and advantage.history_least > advantage.history_size:
+        yield (
+            f"advantage.history_least: {advantage.history_least} rewards are never reached with history_size {advantage.history_size}; "
+            f"use at most {advantage.history_size}"
+        )
     if config.layer_tuning.weight > 0 and plan != "tree":
         yield "layer_tuning.weight: the supervised term follows the best path of a tree; use plan: tree, or weight 0"
 

@@ -24,8 +24,8 @@ from flowrl.core.objectives import dynamic_clip_bounds
 from flowrl.core.selection import contrast_mask, depth_mask, depth_window, edges_of_leaves, fraction_mask, width_mask
 from flowrl.seeds import generator
 from flowrl.types import Rollout, Scores, UserError
+from samplers.forest import select_edges
 from samplers.plans import Plan
-from samplers.rollout import select_edges
 
 __all__ = ["Assigner", "Assignment", "Tuning"]
 

@@ -190,10 +190,21 @@ def draw_charts(run: Run) -> Iterator[dict[str, Any]]:
         yield {"title": "Evaluation", "caption": "", "svg": None, "note": "No evaluation has been recorded."}
     yield chart("Ratio: mean − 1 per step", "new over old likelihood; step 0 is the noisiest", _per_step(run, "mean", 1.0), "ratio/mean")
     yield chart("Ratio: spread per step", "standard deviation over the decisions of a step", _per_step(run, "std", 0.0), "ratio/std")
+    yield chart("Ratio: mean log per step", "a ratio that drifts below 1 leaves good samples unclipped", _per_step(run, "log_mean", 0.0), "ratio/mean")
+    for suffix, side in (("clip_low", "low"), ("clip_high", "high")):
+        yield chart(f"Clipped {side} per step", "share of the decisions of a step", _per_step(run, suffix, 0.0), f"clip/{side}")
     yield chart("Clip fraction", f"share of decisions with a ratio {clip_range}", _lines(run, run.metrics, both), "clip/low", "clip/high")
     if any(kl) or float(run.setting("kl.weight", 0.0)) > 0:
         form = f"to the reference, form {run.setting('kl.form', '?')}, weight {run.setting('kl.weight', 0):g}"
         yield chart("KL divergence", form, _lines(run, run.metrics, [("kl/mean", "", "c1", "-")]), "kl/mean")
+    if run.points("tuning/grad_share")[0]:
+        both = [("tuning/grad_share", "of the gradient", "c1", "-"), ("tuning/rows", "of the rows", "c2", "-")]
+        yield chart(
+            "Supervised term",
+            "share of LayerTuning-RL in the gradient at the output, and of the rows that it acts on",
+            _lines(run, run.metrics, both),
+            "tuning/rows",
+        )
     clipped = f"before clipping at {run.setting('optimizer.max_grad_norm', '?')}"
     yield chart("Gradient norm", clipped, _lines(run, run.metrics, [("grad_norm", "", "c1", "-")], log=wide), "grad_norm")
     yield chart("Groups without a signal", "all images of the group got the same reward", _lines(run, run.metrics, silent), silent[0][0])

@@ -128,6 +128,8 @@ def _written(loc: Sequence[int | str], data: Any) -> str:
     parts: list[str] = []
     for part in loc:
         key: Any = part
+        if isinstance(part, int) and isinstance(data, int | float):
+            continue  # a lone number where a list may stand
         if isinstance(part, int) and isinstance(data, Mapping) and part not in data and part < len(data):
             if isinstance(data.get("name"), str):
                 continue

@@ -40,9 +40,10 @@ from flowrl.seeds import derive_seed, generator
 from flowrl.tracking import RunLogger, explain_full_disk
 from flowrl.types import Decisions, Prompt, Rollout, SampleBatch, Scores, UserError
 from rewards.composite import ConstantRewardMonitor
+from samplers.forest import concatenate
 from samplers.kernels import check_noise_level, load_kernel
 from samplers.plans import Plan
-from samplers.rollout import concatenate, execute
+from samplers.rollout import execute
 
 __all__ = ["Trainer"]
 

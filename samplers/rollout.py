@@ -8,7 +8,6 @@ Letters: P groups, N nodes of the plan, L... latent axes, R training rows, E tra
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from samplers.dpmpp import dpmpp_2m_step
 from samplers.kernels import Step, expand, load_kernel
 from samplers.plans import Plan
 
-__all__ = ["concatenate", "execute", "sample_ode", "select_edges"]
+__all__ = ["execute", "sample_ode"]
 
 
 def _steps(plan: Plan, parents: Sequence[int], children: Sequence[int], repeat: int) -> Step:
@@ -243,69 +242,3 @@ def sample_ode(velocity: Velocity, noise: Tensor, sigmas: Sequence[float], promp
         here, after = (torch.full((len(x),), s, dtype=torch.float64) for s in (sigma, sigma_next))
         x = euler.moments(x, velocity(x, here, prompt_rows), Step(here, after, torch.full_like(here, sigmas[1]), torch.zeros_like(here))).mean
     return x
-
-
-def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of one plan, sampled in chunks of groups, as one; groups, sets, rows, edges and leaves are numbered on.
-
-    Raises:
-        ValueError: no part.
-    """
-    if not parts:
-        raise ValueError("nothing to concatenate")
-    if len(parts) == 1:
-        return parts[0]
-    groups = sets = rows = edges = leaves = 0
-    shifted: dict[str, list[Tensor]] = {"leaf_group": [], "leaf_set": [], "row_group": [], "edge_row": [], "edge_parent": [], "leaf_edge": []}
-    for part in parts:
-        shifted["leaf_group"].append(part.leaf_group + groups)
-        shifted["leaf_set"].append(part.leaf_set + sets)
-        shifted["row_group"].append(part.row_group + groups)
-        shifted["edge_row"].append(part.edge_row + rows)
-        shifted["edge_parent"].append(torch.where(part.edge_parent < 0, part.edge_parent, part.edge_parent + edges))
-        shifted["leaf_edge"].append(part.leaf_edge + torch.tensor([edges, leaves]))
-        groups, sets = groups + int(part.leaf_group[-1]) + 1, sets + int(part.leaf_set.max()) + 1
-        rows, edges, leaves = rows + len(part.row_sigma), edges + len(part.edge_row), leaves + len(part.leaves)
-    fields = {f.name for f in dataclasses.fields(Rollout)} - set(shifted) - {"kernel", "forward_rows", "row_velocity"}
-    velocities = [part.row_velocity for part in parts if part.row_velocity is not None]
-    return Rollout(
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields},
-        **{name: torch.cat(values) for name, values in shifted.items()},
-        row_velocity=torch.cat(velocities) if velocities else None,
-        kernel=parts[0].kernel,
-        forward_rows=sum(p.forward_rows for p in parts),
-    )
-
-
-def select_edges(rollout: Rollout, keep: Tensor) -> Rollout:
-    """The rollout with some of its decisions only; rows that no decision leaves any more are dropped, leaves stay.
-
-    Args:
-        keep: [E] bool.
-    Raises:
-        ValueError: nothing is kept.
-    """
-    if bool(keep.all()):
-        return rollout
-    if not bool(keep.any()):
-        raise ValueError("no decision is left to train on")
-    edge = torch.nonzero(keep).squeeze(1)
-    row = rollout.edge_row[edge].unique()
-    new_edge = torch.full((len(keep),), -1).scatter_(0, edge, torch.arange(len(edge)))
-    new_row = torch.full((len(rollout.row_sigma),), -1).scatter_(0, row, torch.arange(len(row)))
-    parent = rollout.edge_parent[edge]
-    while bool(((parent >= 0) & ~keep[parent.clamp_min(0)]).any()):  # past dropped decisions, to the nearest one that is kept
-        parent = torch.where((parent >= 0) & ~keep[parent.clamp_min(0)], rollout.edge_parent[parent.clamp_min(0)], parent)
-    chosen: dict[str, Tensor | None] = {}
-    for name in ("row_x", "row_sigma", "row_group", "row_step", "row_velocity"):
-        value = getattr(rollout, name)
-        chosen[name] = None if value is None else value[row.to(value.device)]
-    for field in dataclasses.fields(Rollout):
-        if field.name.startswith("edge_"):
-            value = getattr(rollout, field.name)
-            chosen[field.name] = value[edge.to(value.device)]
-    chosen["edge_row"] = new_row[rollout.edge_row[edge]]
-    chosen["edge_parent"] = torch.where(parent < 0, parent, new_edge[parent.clamp_min(0)])
-    pairs = rollout.leaf_edge[keep[rollout.leaf_edge[:, 0]]]
-    chosen["leaf_edge"] = torch.stack([new_edge[pairs[:, 0]], pairs[:, 1]], 1)
-    return dataclasses.replace(rollout, **chosen)  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ def test_one_reward_may_be_given_without_a_list(write, form: str) -> None:
         ("rollout: {noise_level: .nan}", "rollout.noise_level: nan is not a finite number"),
         ("rollout: {train_fraction: 1.5}", "rollout.train_fraction: 1.5 is out of range; allowed: above 0 and at most 1"),
         ("rollout: {same_noise: 1}", "rollout.same_noise: 1 is not true or false"),
-        ("rollout: {plan: tree}", "rollout.plan: 'tree' is not a choice; known: chain, window"),
+        ("rollout: {plan: treee}", "rollout.plan: 'treee' is not a choice; did you mean tree?"),
         ("model: {dtype: bf16}", "model.dtype: 'bf16' is not a choice; did you mean bfloat16?"),
         ("rollout: 3", "rollout: 3 is not a mapping of keys"),
         ("training:", "training: is empty; give a mapping of keys or remove the line"),
@@ -287,7 +287,7 @@ def test_every_method_file_gives_a_valid_run_and_says_where_it_comes_from(write)
         for section, values in method.config.items():
             for key, value in (values or {}).items():
                 if not isinstance(value, dict | list):
-                    assert sections[section][key] == value, (name, section, key)
+                    assert sections[section][key] in (value, (value,)), (name, section, key)
 
 
 def test_method_defaults_do_not_leak_from_one_load_into_the_next(write) -> None:
@@ -305,7 +305,7 @@ def test_the_published_defaults_are_those_of_the_paper() -> None:
     # flow_grpo: SD3.5-M settings of the authors' code: T 10, a 0.7, G 24, 48 groups, CFG 4.5, clip 1e-4, beta 0.04, AdamW 3e-4.
     config = Config.model_validate({"run_dir": "r", "rewards": ["scene"], **list_methods()["flow_grpo"].config})
     rollout = config.rollout
-    assert (rollout.num_steps, rollout.noise_level, rollout.group_size, rollout.groups_per_iteration) == (10, 0.7, 24, 48)
+    assert (rollout.num_steps, rollout.noise_level, rollout.group_size, rollout.groups_per_iteration) == (10, (0.7,), 24, 48)
     assert (rollout.guidance_scale, rollout.grid, rollout.same_noise) == (4.5, "diffusers", False)
     assert (config.objective.clip_low, config.objective.clip_high, config.kl.weight, config.kl.form) == (1e-4, 1e-4, 0.04, "fg_code")
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.advantage.clip) == (3e-4, 1e-4, 5.0)

@@ -351,11 +351,11 @@ def test_an_integration_without_a_name_is_refused():
 
 
 def test_the_position_in_a_layer_by_hand():
-    values = torch.tensor([1.0, 3.0, 2.0, 7.0, 9.0, 9.0, 0.0], dtype=torch.float64)
-    known = torch.tensor([True, True, True, True, True, True, False])
-    group, step = torch.tensor([0, 0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 0, 0, 0])
-    # group 0 step 0 spans 1..3; step 1 has one node; group 1 has one value, twice, and an unknown node
-    assert layer_position(values, known, group=group, step=step).tolist() == pytest.approx([0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5], abs=1e-8)
+    values = torch.tensor([1.0, 3.0, 1.5, 0.0, 7.0, 9.0, 9.0, 0.0], dtype=torch.float64)
+    known = torch.tensor([True, True, True, False, True, True, True, False])
+    group, step = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 1, 0, 0, 0])
+    # group 0 step 0 spans 1..3 and has an unknown node; step 1 has one node; group 1 has one value, twice, and an unknown node
+    assert layer_position(values, known, group=group, step=step).tolist() == pytest.approx([0.0, 1.0, 0.25, 0.5, 0.5, 0.5, 0.5, 0.5], abs=1e-8)
 
 
 def test_positions_stay_in_range_and_ignore_shift_and_scale_of_rewards():

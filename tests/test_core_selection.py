@@ -209,6 +209,7 @@ def test_of_equal_samples_the_first_is_kept_and_equal_bad_ones_give_one_too():
 def test_an_unscored_sample_is_neither_the_best_nor_the_worst():
     assert contrast([NAN, 0.9, -0.9, 9.0], [0, 0, 0, 0], [False, True, True, False]) == [False, True, True, False]
     assert contrast([NAN, 1.0], [0, 1], [False, True]) == [False, True]
+    assert contrast([9.0, -9.0, 1.0], [0, 0, 1], [False, False, True]) == [False, False, True]
 
 
 def test_without_thresholds_every_branch_keeps_both_ends_and_a_single_sample_is_both():

@@ -106,3 +106,35 @@ def test_the_kl_is_kept_without_its_gradient():
     meters.add(metrics, loss, torch.ones(1, requires_grad=True), torch.tensor([0]), first=True)
     meters.add_grad_norm(torch.ones((), requires_grad=True))
     assert meters.result(Processes())["kl/mean"] == 1.0
+
+
+def test_the_diagnosis_of_a_step_has_its_log_ratio_and_its_clip_shares():
+    result = filled(FIRST, SECOND).result(Processes())
+    zero, two = [0.0, -0.1, -0.3], [0.1, 0.2]  # log ratios of steps 0 and 2
+    assert result["ratio/step_0/log_mean"] == pytest.approx(statistics.fmean(zero), rel=1e-6)
+    assert result["ratio/step_0/log_std"] == pytest.approx(statistics.pstdev(zero), rel=1e-6)
+    assert result["ratio/step_2/log_mean"] == pytest.approx(statistics.fmean(two), rel=1e-6)
+    assert (result["ratio/step_0/clip_low"], result["ratio/step_0/clip_high"]) == (pytest.approx(1 / 3), 0.0)  # e^-.1 with advantage -1
+    assert (result["ratio/step_2/clip_low"], result["ratio/step_2/clip_high"]) == (0.0, pytest.approx(1 / 2))  # e^.1 with advantage 2
+
+
+def test_a_step_without_decisions_has_no_diagnosis():
+    result = filled(([0.1], [1.0], [2])).result(Processes())
+    assert not any(key.startswith("ratio/step_0/") for key in result)
+    assert result["ratio/step_2/log_mean"] == pytest.approx(0.1, rel=1e-6)
+
+
+def tuned(meters, scale):
+    """Losses whose gradients at the velocity have the norms 3 and 4 scale."""
+    velocity = torch.ones(2, requires_grad=True)
+    meters.add_tuning(torch.tensor([0.5, 1.5]), (3.0 * velocity[:1]).sum(), (4.0 * scale * velocity[1:]).sum(), velocity)
+
+
+def test_the_share_of_the_supervised_term_is_that_of_its_gradient_norm():
+    meters = filled(FIRST, SECOND)
+    tuned(meters, 1.0)
+    tuned(meters, 0.0)
+    result = meters.result(Processes())
+    assert result["tuning/loss"] == 1.0
+    assert result["tuning/grad_share"] == pytest.approx(4 / (4 + math.sqrt(9 + 9)))
+    assert "tuning/loss" not in filled(FIRST, SECOND).result(Processes())

@@ -334,7 +334,7 @@ def test_a_run_writes_everything_down(configure: Configure) -> None:
     names += ["ratio/mean", "ratio/std", "ratio/max_abs_log_first", "clip/low", "clip/high", "kl/mean", "grad_norm", "learning_rate", "loss"]
     names += ["advantage/abs_mean", "advantage/clamped", "nfe/used", "nfe/minimum", "nfe/forward", "nfe/backward", "images"]
     assert [name for name in names if not all(isinstance(m[name], int | float) for m in metrics)] == []
-    assert all(sum(key.startswith("ratio/step_") for key in m) == 4 for m in metrics)  # mean and spread of two steps
+    assert all(sum(key.startswith("ratio/step_") for key in m) == 2 * 6 for m in metrics)  # two steps: mean, spread and clip shares
     assert [m["images"] for m in metrics] == [12, 24, 36, 48, 60, 72]
     assert [m["learning_rate"] for m in metrics] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
     for m in metrics:

@@ -62,7 +62,7 @@ class PromptHistory:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python, fit for JSON."""
-        return {"rewards": {str(number): list(self._rewards[number]) for number in sorted(self._rewards)}, "iteration": list(self._iteration)}
+        return {"rewards": {str(number): list(rewards) for number, rewards in self._rewards.items()}, "iteration": list(self._iteration)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the history; of a longer one the newest ``size`` rewards."""

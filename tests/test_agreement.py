@@ -1,0 +1,127 @@
+"""Values of a run that do not go together: one line each, found when the config is loaded, before anything else."""
+
+import pytest
+import yaml
+
+from flowrl.config import load_config
+from flowrl.types import UserError
+
+BASE = {"run_dir": "r", "rewards": ["scene"], "objective": {"updates_per_iteration": 1}}
+TREE = {"plan": "tree", "num_steps": 8, "window": {"size": 3, "high": 4}, "group_size": 8, "same_noise": True}
+GRANULAR = {"plan": "granular", "num_steps": 8, "window": {"size": 3, "high": 3}, "same_noise": True}
+WINDOW = {"plan": "window", "num_steps": 8, "window": {"size": 3, "high": 4}}
+
+
+def load(tmp_path, *overrides, **sections):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(BASE | sections))
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "overrides", "line"),
+    [
+        (WINDOW, ["rollout.window.high=8"], "rollout.window.high: 8 is too large for 8 steps, of which the last is never stochastic; use at most 7"),
+        (
+            WINDOW,
+            ["rollout.window={size: 8, high: 7}"],
+            "rollout.window.size: 8 does not fit into the 7 steps 0..6; use a smaller size or a larger window.high (at most 7)",
+        ),
+        (WINDOW, ["rollout.window={low: 4}"], "rollout.window.low: 4 leaves no step below window.high = 4; use at most 3"),
+        (WINDOW, ["rollout.window.schedule=backward"], "rollout.window.backward_first: 14 is not within the 8 steps; use 2 to 8"),
+        (
+            TREE,
+            ["rollout.window={schedule: backward, backward_first: 4}"],
+            "rollout.window.schedule: backward grows a window from the end and fits plan: window, not tree",
+        ),
+        (
+            TREE,
+            ["rollout.group_size=20"],
+            "rollout.group_size: a tree with these branching factors has 8 leaves, and 20 is not a multiple of them; use 8, or lower rollout.tree.branching",
+        ),
+        (
+            TREE,
+            ["rollout.group_size=16"],
+            "rollout.same_noise: 2 trees from one start noise would be one tree; use group_size 8 or same_noise: false",
+        ),
+        (TREE, ["rollout.tree.branching=[2, 2]"], "rollout.tree.branching: 2 numbers for 3 splits; give one number, or one for each split"),
+        (TREE, ["rollout.tree.splits=[0, 3, 7]"], "rollout.tree.splits: [0, 3, 7] must be different steps within 0..6 (the last step is never stochastic)"),
+        (TREE, ["rollout.tree.splits=[]"], "rollout.tree.splits: [] must be different steps within 0..6 (the last step is never stochastic)"),
+        (GRANULAR, ["rollout.same_noise=false"], "rollout.same_noise: the granular plan has one anchor path per prompt; set same_noise: true"),
+        (
+            GRANULAR,
+            ["rollout.granularities=[1, 5]"],
+            "rollout.granularities: a stride of 5 does not fit into the 4 steps that remain two steps after step 2; use at most 4, or a smaller window.high",
+        ),
+        (GRANULAR, ["rollout.granularities=[2, 2]"], "rollout.granularities: [2, 2] names one twice; the same pictures would count double"),
+        (
+            GRANULAR,
+            ["rollout.after_window.solver=dpm++"],
+            "rollout.after_window: the plan granular takes no steps after a window; use plan: window or tree, or leave it out",
+        ),
+        (WINDOW, ["rollout.noise_level=[0.5, 0.6]"], "rollout.noise_level: 2 levels for 3 stochastic steps; give one number, or one for each step"),
+        (
+            {**TREE, "tree": {"splits": [0, 2, 4], "stochastic": "window"}},
+            ["rollout.noise_level=[0.5, 0.6]"],
+            "rollout.noise_level: 2 levels for a number of stochastic steps that changes; give one number",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(tmp_path, rollout, overrides, line):
+    assert load(tmp_path, rollout=rollout).rollout.plan == rollout["plan"]
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, *overrides, rollout=rollout)
+    assert line in str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("kernel", ["cps", "ddim", "sde_dpm++"])
+def test_noise_that_a_kernel_cannot_make_is_refused(tmp_path, kernel):
+    with pytest.raises(UserError, match="rollout.noise_level: "):
+        load(tmp_path, f"rollout.kernel={kernel}", "rollout.noise_level=1.2", rollout=WINDOW)
+    with pytest.raises(UserError, match="rollout.noise_level: "):
+        load(tmp_path, f"rollout.kernel={kernel}", "rollout.noise_level=0.9", "rollout.tree.noise_growth=0.5", rollout=TREE)
+    load(tmp_path, "rollout.noise_level=1.2", rollout=WINDOW)  # flow_sde can; the trainer warns
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["selection.fraction=0.5"],
+            "selection.fraction: a subset of each sample's steps fits plan: chain or window; the samples of a tree plan share their steps",
+        ),
+        (["selection.depth={first: 1, last: 3, stop: 1}"], "selection.depth: depths 1..3 would leave no decision to train; use a narrower window"),
+        (["selection.depth={first: 3, last: 2}"], "selection.depth: first = 3 lies after last = 2"),
+        (["selection.contrast={}"], "selection.contrast: best against worst needs the samples of a branch; use plan: window with same_noise: true"),
+        (["selection.contrast={low: 0.6}"], "selection.contrast: low = 0.6 must be below high = 0.5"),
+        (["credit.normalize=layer"], "credit.normalize: layer compares nodes by their z-score; set advantage.name: group_zscore"),
+        (["credit.integrate=sum"], "credit.integrate: only a granular plan has several granularities to sum over; use mean"),
+        (
+            ["advantage={name: prompt_history, aggregate: advantages}"],
+            "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards",
+        ),
+        (
+            ["advantage={name: prompt_history, history_least: 32}"],
+            "advantage.history_least: 32 rewards are never reached with history_size 16; use at most 16",
+        ),
+        (["rollout.plan=window", "selection.width={}"], "selection.width: pruning needs a tree; use plan: tree, or leave it out"),
+        (
+            ["rollout.plan=window", "layer_tuning.weight=0.1"],
+            "layer_tuning.weight: the supervised term follows the best path of a tree; use plan: tree, or weight 0",
+        ),
+    ],
+)
+def test_credit_and_selection_that_do_not_fit_the_plan_are_refused(tmp_path, overrides, line):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, *overrides, rollout=TREE)
+    assert line in str(caught.value).splitlines()
+
+
+def test_a_granular_plan_keeps_comparing_leaves(tmp_path):
+    with pytest.raises(UserError, match="credit.normalize: leaves of a granular plan are compared within their step and granularity; use leaf"):
+        load(tmp_path, "credit.normalize=layer", "advantage.name=group_zscore", rollout=GRANULAR)
+
+
+def test_pruning_that_leaves_decisions_is_accepted(tmp_path):
+    config = load(tmp_path, "selection.depth={first: 3, last: 3, stop: 2}", "selection.width={}", rollout=TREE)
+    assert config.selection.depth is not None and config.selection.width is not None
