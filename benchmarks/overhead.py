@@ -57,7 +57,7 @@ class Case:
         objective, edges = trainer.config.objective, len(self.rollout.edge_row)
         low, high = torch.full((edges,), objective.clip_low), torch.full((edges,), objective.clip_high)
         edge = edge_advantages(advantages, self.rollout.leaf_edge, edges)
-        self.assignment = Assignment(self.rollout, edge, low, high, None, len(self.rollout.row_sigma), {})
+        self.assignment = Assignment(self.rollout, edge, low, high, None, len(self.rollout.row_sigma), False, {})
 
     def roll_out(self, record: bool = False):  # noqa: ANN201
         trainer = self.trainer

@@ -46,6 +46,7 @@ class Assignment:
         rollout: with the selected decisions only.
         advantages, clip_low, clip_high: [E] float32.
         tuning: None without layer tuning.
+        placeholder: nothing was selected here; the decisions only keep this process in step with the others and have no weight.
         rows: the least training rows of these decisions, counted from the plan.
         sums: numbers to be added over processes: abs_advantage, clamped, all (decisions before the selection), kept, tuned (rows with a weight), rows.
     """
@@ -56,6 +57,7 @@ class Assignment:
     clip_high: Tensor
     tuning: Tuning | None
     rows: int
+    placeholder: bool
     sums: dict[str, float]
 
 
@@ -99,20 +101,22 @@ class Assigner:
                 position, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high, sensitivity=config.objective.dynamic_clip
             )
         keep = self._selection(plan, rollout, leaf, valid, value, known, group, numbers, iteration)
-        if not bool(keep.any()):  # e.g. no branch with a contrast: the first group stays in the update with advantage 0, so that all processes make it
+        placeholder = not bool(keep.any())  # e.g. no branch with a contrast: every process must still make the updates
+        kept = float(keep.sum())
+        if placeholder:
             keep = group == 0
-            clamped = torch.zeros_like(clamped)
         chosen = select_edges(rollout, keep)
         tuning = self._tuning(chosen, rewards, valid) if config.layer_tuning.weight > 0 else None
         sums = {
             "abs_advantage": clamped.abs().sum().item(),
-            "clamped": float((raw != clamped).sum()) if bool(keep.any()) else 0.0,
+            "clamped": float((raw != clamped).sum()),
             "all": float(len(keep)),
-            "kept": float(keep.sum()),
+            "kept": kept,
             "tuned": 0.0 if tuning is None else float((tuning.weight > 0).sum()),
             "rows": float(len(chosen.row_sigma)),
         }
-        return Assignment(chosen, clamped[keep].float(), low[keep].float(), high[keep].float(), tuning, least_rows(plan, keep, len(numbers)), sums)
+        advantages, rows = clamped[keep].float(), least_rows(plan, keep, len(numbers))
+        return Assignment(chosen, advantages, low[keep].float(), high[keep].float(), tuning, rows, placeholder, sums)
 
     def _leaf_advantages(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], prompts: tuple[Tensor, Tensor]) -> Tensor:
         """[B] float64, from the total reward or as the weighted sum of each reward's advantage."""

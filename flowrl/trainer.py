@@ -295,9 +295,10 @@ class Trainer:
         member[rows] = True
         chosen = member[rollout.edge_row]
         weight = torch.zeros(len(rollout.edge_row))
-        weight[chosen] = REDUCTIONS[config.objective.reduction](edge_group[chosen], len(prompt_rows))
+        if not assignment.placeholder:
+            weight[chosen] = REDUCTIONS[config.objective.reduction](edge_group[chosen], len(prompt_rows))
         world = self.accelerator.num_processes
-        scale, row_scale = world / self._sum(float(weight.sum())), world / self._sum(float(len(rows)))
+        scale, row_scale = world / max(self._sum(float(weight.sum())), 1e-12), world / self._sum(float(len(rows)))
         velocity = self.policy.velocity(config.rollout.guidance_scale)
         chunks = rows.split(config.training.rows_per_backward)
         for number, chunk in enumerate(chunks):

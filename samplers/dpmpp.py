@@ -48,7 +48,7 @@ def dpmpp_2m_step(
     first = expand(ratio, x) * x + expand(1 - ratio, x) * denoised
     if previous_denoised is None or sigma_previous is None:
         return first
-    second = (sigma_next > 0) & (sigma < 1) & (sigma_previous < 1)
+    second = (sigma_next > 0) & (sigma_previous < 1)
     if has_history is not None:
         second = second & has_history.to(second.device)
     before, here, after = (-torch.logit(s) for s in (sigma_previous, sigma, sigma_next))

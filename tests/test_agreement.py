@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
+from flowrl.agreement import BOUNDED_KERNELS
 from flowrl.config import load_config
 from flowrl.types import UserError
+from samplers.kernels import KERNELS, load_kernel
 
 BASE = {"run_dir": "r", "rewards": ["scene"], "objective": {"updates_per_iteration": 1}}
 TREE = {"plan": "tree", "num_steps": 8, "window": {"size": 3, "high": 4}, "group_size": 8, "same_noise": True}
@@ -74,7 +76,11 @@ def test_a_plan_that_cannot_be_made_is_refused(tmp_path, rollout, overrides, lin
     assert line in str(caught.value).splitlines()
 
 
-@pytest.mark.parametrize("kernel", ["cps", "ddim", "sde_dpm++"])
+def test_the_bounded_kernels_are_those_that_say_so():
+    assert {name for name in KERNELS if name != "ode" and load_kernel(name).noise_is_bounded} == set(BOUNDED_KERNELS)
+
+
+@pytest.mark.parametrize("kernel", BOUNDED_KERNELS)
 def test_noise_that_a_kernel_cannot_make_is_refused(tmp_path, kernel):
     with pytest.raises(UserError, match="rollout.noise_level: "):
         load(tmp_path, f"rollout.kernel={kernel}", "rollout.noise_level=1.2", rollout=WINDOW)

@@ -263,11 +263,31 @@ class Whole:
         assert list(self.run(name).rglob(".*")) == []  # no unfinished file is left
 
 
+SETTINGS = {
+    "lora": [*BUSY, "model.adapter=lora"],
+    "full": ["model.adapter=full", "rollout.same_noise=true"],
+    "tree": [
+        "rollout={plan: tree, num_steps: 5, group_size: 4, same_noise: true, tree: {noise_growth: 0.2, sibling_scale: 4}}",
+        "rollout.window={schedule: progressive, every: 2}",
+        "advantage.name=group_zscore",
+        "credit.normalize=layer",
+        "objective={dynamic_clip: 0.5, ratio: ratio_norm}",
+        "layer_tuning.weight=0.1",
+    ],
+    "granular": ["rollout={plan: granular, num_steps: 6, window: {schedule: random, size: 1, high: 2}, granularities: [1, 2], same_noise: true}"],
+    "history": [
+        "rollout={plan: window, num_steps: 5, same_noise: true, window: {schedule: backward, backward_first: 3, backward_stages: 4}}",
+        "advantage={name: prompt_history, history_size: 12, history_least: 8}",
+        "selection.contrast={high: 0.2, low: -0.2}",
+    ],
+    "subset": ["rollout={plan: chain, num_steps: 5, kernel: dance_sde, noise_level: 0.3, same_noise: true}", "selection.fraction=0.6"],
+}
+
+
 @pytest.fixture(scope="module", params=["lora", "full"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pipeline: Path, launcher: Launcher) -> Whole:
     folder = tmp_path_factory.mktemp(request.param)
-    settings = [*BUSY, f"model.adapter={request.param}"] if request.param == "lora" else ["model.adapter=full", "rollout.same_noise=true"]
-    return Whole(folder, write_config(folder, pipeline), settings, launcher)
+    return Whole(folder, write_config(folder, pipeline), SETTINGS[request.param], launcher)
 
 
 PLACES = [
@@ -288,6 +308,12 @@ def test_a_run_killed_at_the_worst_places_ends_with_the_same_bytes(whole: Whole,
     name = place.replace(" ", "-").replace(":", "-")
     assert whole.launcher.run(whole.command(name), whole.log(name), die_at=place) == -signal.SIGKILL, whole.log(name).read_text()
     whole.check(name)
+
+
+@pytest.mark.parametrize("whole", ["tree", "granular", "history", "subset"], indirect=True)
+def test_a_killed_run_of_every_plan_ends_with_the_same_bytes(whole: Whole) -> None:
+    assert whole.launcher.run(whole.command("killed"), whole.log("killed"), die_at="half a line:9") == -signal.SIGKILL, whole.log("killed").read_text()
+    whole.check("killed")
 
 
 def test_a_run_killed_again_and_again_at_random_moments_ends_with_the_same_bytes(whole: Whole) -> None:

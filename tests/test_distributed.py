@@ -28,6 +28,18 @@ CASES = {
     # 3 groups on 2 processes: 2 and 1. Micro-batches of 5 rows, so that the processes also have different numbers of them.
     "lora": ["kl.weight=0.05", "rollout.guidance_scale=2", "objective.updates_per_iteration=2", "training.rows_per_backward=5"],
     "full": ["model.adapter=full", "rollout.same_noise=true", "objective.reduction=group_mean", "kl.weight=0.05"],
+    "tree": [
+        "rollout={plan: tree, num_steps: 5, group_size: 4, same_noise: true}",
+        "advantage.name=group_zscore",
+        "credit.normalize=layer",
+        "layer_tuning.weight=0.1",
+        "objective={dynamic_clip: 0.5, ratio: ratio_norm}",
+    ],
+    "history": [
+        "rollout={plan: chain, kernel: dance_sde, noise_level: 0.3}",
+        "advantage={name: prompt_history, history_size: 8, history_least: 8}",
+        "selection.fraction=0.7",
+    ],
     "two rewards": ["rewards={toys:brightness: 1.0, toys:redness: 0.5}", "rollout.plan=chain", "rollout.groups_per_iteration=5", "ema=null"],
 }
 SCRIPT = """

@@ -134,7 +134,7 @@ def assignment_of(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> Ass
     """All decisions trained with the given advantages of their samples."""
     objective, edges = trainer.config.objective, len(rollout.edge_row)
     low, high = torch.full((edges,), objective.clip_low), torch.full((edges,), objective.clip_high)
-    return Assignment(rollout, edge_advantages(advantages, rollout.leaf_edge, edges), low, high, None, len(rollout.row_sigma), {})
+    return Assignment(rollout, edge_advantages(advantages, rollout.leaf_edge, edges), low, high, None, len(rollout.row_sigma), False, {})
 
 
 @pytest.mark.parametrize("guidance_scale", [1, 2])

@@ -1,0 +1,475 @@
+"""What a run will cost, before it starts: network rows in closed form beside those of the released loops, and seconds from a few measured iterations.
+
+Rows of ours come from `planning.minimum_rows`, which a run logs as ``nfe/minimum``. Rows of released code are formulas read in that code and never run;
+each function below names its source. One row = one latent through the transformer once; the unconditional half of guidance is a row of its own.
+
+Letters, per group (one prompt) and iteration: T steps, G samples, s first trained step, W trained steps, c = 2 with guidance else 1, r = 1 with a KL
+term else 0, K inner epochs.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flowrl.core.selection import depth_window
+from flowrl.data import GroupSampler, load_prompts
+from flowrl.planning import build_plan, minimum_rows, window_of
+from flowrl.seeds import derive_seed
+from flowrl.types import Prompt
+from samplers.plans import Plan
+
+if TYPE_CHECKING:
+    from flowrl.config import Config
+    from flowrl.trainer import Trainer
+
+__all__ = ["Estimate", "Measurement", "Released", "Spread", "estimate", "group_rows", "measure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A number of an iteration over all iterations of a run."""
+
+    mean: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        every = list(values)
+        return cls(math.fsum(every) / len(every), min(every), max(every))
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What the released implementation of the method spends in an iteration.
+
+    Attributes:
+        name: repository and file, or why there is no number.
+        forward, backward: None where there is none.
+        text_encoder_rows: of an iteration; None where the loop's own was not read.
+    """
+
+    name: str
+    forward: Spread | None = None
+    backward: Spread | None = None
+    text_encoder_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The closed formulas of a run. Rows are of one iteration; ``run_*`` are sums over all iterations, evaluations not among them.
+
+    Attributes:
+        rows_note: empty where the rows are exact, else in which sense they are not.
+        pictures: decoded in an iteration; each of ``rewards`` rewards scores every one.
+        run_text_encoder_rows: distinct prompts of training and evaluation, and the empty prompt.
+        evaluation_rows, evaluation_pictures: of all evaluations together.
+    """
+
+    method: str
+    iterations: int
+    prompts: int
+    samples: int
+    rollout: Spread
+    training: Spread
+    forward: Spread
+    backward: Spread
+    rows_note: str
+    pictures: int
+    rewards: int
+    run_forward: int
+    run_backward: int
+    run_text_encoder_rows: int
+    run_pictures: int
+    evaluations: int
+    evaluation_rows: int
+    evaluation_pictures: int
+    released: Released
+
+    @property
+    def rows(self) -> float:
+        """Mean rows of an iteration, forward and backward: ``nfe/used``."""
+        return self.forward.mean + self.backward.mean
+
+
+def estimate(config: Config) -> Estimate:
+    """Everything about a run that needs no model, only its config and its prompt files.
+
+    Raises:
+        UserError: a prompt file cannot be read.
+    """
+    rollout, e = config.rollout, config.evaluation
+    groups, iterations = rollout.groups_per_iteration, range(1, config.training.iterations + 1)
+    _, guided, reference, epochs = _factors(config)
+    notes: set[str] = set()
+    walked, trained = [], []
+    for iteration in iterations:
+        walk, train, note = group_rows(config, iteration)
+        walked.append(guided * groups * walk)
+        trained.append(groups * train)
+        notes.add(note)
+    forward = [a + guided * (epochs + reference) * b for a, b in zip(walked, trained, strict=True)]
+    leaves = rollout.group_size * (len(rollout.granularities) * rollout.window.size if rollout.plan == "granular" else 1)
+
+    prompts, splits = load_prompts(config.data.train), {name: load_prompts(path) for name, path in config.data.eval.items()}
+    between = (len(iterations) - 1) // e.every
+    scales = [e.guidance_scale, *(s for s in e.compare_guidance_scales if s != e.guidance_scale)]
+    first_and_last = 2 * len(splits) * e.final_num_images
+    pictures = first_and_last * len(scales) + between * len(splits) * e.num_images
+    rows = e.num_steps * (sum(first_and_last * _guided(s) for s in scales) + between * len(splits) * e.num_images * _guided(scales[0]))
+    texts = _texts_of(prompts, groups, config) | {p.text for split in splits.values() for p in split[: max(e.num_images, e.final_num_images)]} | {""}
+    return Estimate(
+        method=config.method,
+        iterations=len(iterations),
+        prompts=groups,
+        samples=groups * rollout.group_size,
+        rollout=Spread.of(walked),
+        training=Spread.of(trained),
+        forward=Spread.of(forward),
+        backward=Spread.of(epochs * n for n in trained),
+        rows_note="; ".join(sorted(notes - {""})),
+        pictures=groups * leaves,
+        rewards=len(config.rewards),
+        run_forward=round(math.fsum(forward)),
+        run_backward=round(epochs * math.fsum(trained)),
+        run_text_encoder_rows=len(texts),
+        run_pictures=groups * leaves * len(iterations),
+        evaluations=2 + between,
+        evaluation_rows=rows,
+        evaluation_pictures=pictures,
+        released=_released(config),
+    )
+
+
+def _guided(scale: float) -> int:
+    return 2 if scale > 1 else 1
+
+
+def _texts_of(prompts: list[Prompt], groups: int, config: Config) -> set[str]:
+    """The training prompts that a run meets; they come epoch by epoch, so it has met all of them after the first."""
+    sampler = GroupSampler(len(prompts), groups, config.seed)
+    met = range(min(config.training.iterations, math.ceil(len(prompts) / groups) + 1))
+    return {prompts[index].text for iteration in met for index in sampler.groups(iteration)}
+
+
+# --- rows of ours -------------------------------------------------------------------------------------------------------------------------------
+
+
+def group_rows(config: Config, iteration: int) -> tuple[float, float, str]:
+    """Rows of one group: (rollout R, training N, note), forward, without the factors c, K and r. The note says what a selection leaves open."""
+    rollout, selection = config.rollout, config.selection
+    seed = derive_seed(config.seed, iteration)
+    walk, train = minimum_rows(rollout, iteration=iteration, seed=seed)
+    group = rollout.group_size
+    count = _window(config, iteration)[1]
+    if selection.fraction < 1:
+        kept = max(1, int(count * selection.fraction))
+        if not rollout.same_noise:
+            return walk, group * kept, ""
+        shared = 1 - (1 - kept / count) ** group  # the chance that anybody trains the step that all share
+        return walk, group * kept * (count - 1) / count + shared, "a mean: which steps are trained is drawn"
+    if selection.contrast is not None:
+        return walk, 1 + min(2, group) * (count - 1), "at most: which samples are trained depends on their rewards"
+    if selection.depth is not None or selection.width is not None:
+        plan = build_plan(rollout, [1 - k / rollout.num_steps for k in range(rollout.num_steps + 1)], shift=1.0, iteration=iteration, seed=seed)
+        return walk, *_pruned_rows(config, plan, iteration)
+    return walk, train, ""
+
+
+def _pruned_rows(config: Config, plan: Plan, iteration: int) -> tuple[int, str]:
+    """Training rows of a tree that BranchGRPO's pruning leaves, and a note."""
+    depth, width = config.selection.depth, config.selection.width
+    nodes, note = plan.nodes, ""
+    at = Counter(nodes[row].step for row in plan.train_rows)
+    children = Counter(node.parent for node in nodes if node.trained)
+    if width is not None:
+        split = max((nodes[p].step for p, n in children.items() if n > 1), default=0)
+        below = [n for p, n in children.items() if nodes[p].step == split]
+        total = sum(below)
+        kept = sum(math.ceil(width.keep * n - 1e-9) for n in below) if width.mode == "branch" else max(int(width.keep * total), 2)
+        for step in at:
+            if step > split:
+                at[step] = at[step] * kept // total
+        if width.mode == "extremes" and kept < 2 * len(below):
+            at[split] = min(at[split], kept)
+            note = "at most: how many branches the best and worst samples share depends on their rewards"
+    if depth is not None:
+        first, last = depth_window(depth.first, depth.last, depth.slide_every, depth.stop, iteration)
+        at = Counter({step: rows for step, rows in at.items() if not first <= step + 1 <= last})
+    return sum(at.values()), note
+
+
+def _window(config: Config, iteration: int) -> tuple[int, int, int]:
+    """(s, W, T) of an iteration; T is the number of steps that are walked, fewer where the steps after the window are compressed."""
+    rollout = config.rollout
+    if rollout.plan == "chain":
+        return 0, max(1, min(rollout.num_steps - 1, int(rollout.train_fraction * rollout.num_steps))), rollout.num_steps
+    start, size = window_of(rollout, iteration, derive_seed(config.seed, iteration))
+    after = rollout.num_steps - start - size
+    if rollout.plan == "window":
+        after = max(1, math.ceil(rollout.after_window.compression * after - 1e-9))
+    return start, size, start + size + after
+
+
+# --- rows of released loops ---------------------------------------------------------------------------------------------------------------------
+
+_Formula = Callable[["Config", int], tuple[float, float]]
+
+
+def _factors(config: Config) -> tuple[int, int, int, int]:
+    """(G, c, r, K)."""
+    return config.rollout.group_size, _guided(config.rollout.guidance_scale), 1 if config.kl.weight > 0 else 0, config.objective.inner_epochs
+
+
+def _flow_grpo(config: Config, iteration: int) -> tuple[float, float]:
+    """F = c G [T + K W (1 + r)], B = c K G W: every member walks its own path, the unconditional half runs in a joint batch with gradient, and the
+    reference runs again in every epoch.
+
+    Source: yifan123/flow_grpo, scripts/train_sd3.py (compute_log_prob, loop over epochs and steps); train_sd3_fast.py and train_sd3_GRPO_Guard.py alike.
+    """
+    _, count, steps = _window(config, iteration)
+    group, guided, reference, epochs = _factors(config)
+    return guided * group * (steps + epochs * count * (1 + reference)), guided * epochs * group * count
+
+
+def _dance_grpo(config: Config, iteration: int) -> tuple[float, float]:
+    """F = c G [T + m (1 + r)], B = c G m with m = int((T - 1) timestep_fraction): one picture at a time, one forward per trained step.
+
+    Source: XueZeyue/DanceGRPO, fastvideo/train_grpo_flux.py (there guidance is distilled, c = 1, and there is no KL).
+    """
+    _, count, steps = _window(config, iteration)
+    group, guided, reference, epochs = _factors(config)
+    trained = max(1, int(count * config.selection.fraction))
+    return guided * group * (steps + epochs * trained * (1 + reference)), guided * epochs * group * trained
+
+
+def _mix_grpo(config: Config, iteration: int) -> tuple[float, float]:
+    """F = G [T + W], B = G W: all members walk the common prefix themselves. Flash shortens T after the window, here by our count of its steps.
+
+    Source: Tencent-Hunyuan/MixGRPO, fastvideo/train_grpo_flux.py (guidance is distilled, c = 1, and there is no KL; both factors are kept here).
+    """
+    return _flow_grpo(config, iteration)
+
+
+def _branch_grpo(config: Config, iteration: int) -> tuple[float, float]:
+    """F = sum over steps of the distinct nodes (one forward each) + one forward for each trained edge, B = one for each: siblings are not merged.
+
+    All steps are trained, the last one too, or with `mix_ode_sde_tree` the stochastic ones. Depth pruning drops the edges into its depths; width pruning
+    keeps int(keep n), at least 1, of the n edges below each child of the last split (mode 1), or of all of them, at least 2 (mode 2).
+
+    Source: Fredreic1849/BranchGRPO, fastvideo/train_branchgrpo_flux.py (run_tree_sample_step, collect_all_transitions and the pruning after it).
+    """
+    rollout, selection = config.rollout, config.selection
+    _, guided, reference, epochs = _factors(config)
+    sigmas = [1 - k / rollout.num_steps for k in range(rollout.num_steps + 1)]
+    plan = build_plan(rollout, sigmas, shift=1.0, iteration=iteration, seed=derive_seed(config.seed, iteration))
+    steps = [plan.nodes[node.parent].step for node in plan.nodes if node.parent >= 0 and (node.trained or rollout.tree.stochastic == "all")]
+    if selection.depth is not None:
+        d = selection.depth
+        first, last = depth_window(d.first, d.last, d.slide_every, d.stop, iteration)
+        steps = [step for step in steps if not first <= step + 1 <= last]
+    edges = len(steps)
+    if selection.width is not None:
+        parents = Counter(node.parent for node in plan.nodes if node.parent >= 0)
+        split = max((plan.nodes[p].step for p, n in parents.items() if n > 1), default=0)
+        below = sum(step > split for step in steps)
+        if below and selection.width.mode == "branch":
+            leaves = len(plan.leaves)
+            edges += leaves * max(1, int(below // leaves * selection.width.keep)) - below
+        elif below:
+            edges += max(2, int(below * selection.width.keep)) - below
+    return guided * (plan.forward_rows + epochs * edges * (1 + reference)), guided * epochs * edges
+
+
+def _g2rpo(config: Config, iteration: int) -> tuple[float, float]:
+    """F = T + sum_s G [1 + sum_g ceil((T - s - 1) / g)] + W, B = W: the anchor's latent is evaluated again for each member, and the whole suffix for each
+    granularity; the training row of a step is shared.
+
+    Source: bcmi/Granular-GRPO, fastvideo/train_g2rpo_hps.py, sample_reference_model (guidance is distilled, c = 1).
+    """
+    start, size, steps = _window(config, iteration)
+    group, guided, reference, epochs = _factors(config)
+    suffix = sum(1 + sum(math.ceil((steps - s - 1) / g) for g in config.rollout.granularities) for s in range(start, start + size))
+    return guided * (steps + group * suffix + epochs * size * (1 + reference)), guided * epochs * size
+
+
+def _ddpo(config: Config, iteration: int) -> tuple[float, float]:
+    """F = c G [T + K m], B = c K G m, m = int(T timestep_fraction): both halves of guidance run in a joint batch with gradient, the last step is trained.
+
+    Source: kvablack/ddpo-pytorch, scripts/train.py.
+    """
+    steps = config.rollout.num_steps
+    group, guided, reference, epochs = _factors(config)
+    trained = max(1, int(config.rollout.train_fraction * steps)) if config.rollout.plan == "chain" else _window(config, iteration)[1]
+    return guided * group * (steps + epochs * trained * (1 + reference)), guided * epochs * group * trained
+
+
+def _b2_diffurl(config: Config, iteration: int) -> tuple[float, float]:
+    """F = c [s + G n + K m n], B = c K m n with n = T - s: one path until n steps remain, then G; the m <= 2 selected ones are trained on all n steps,
+    the last one too, and on both halves of guidance.
+
+    Source: hu-zijing/B2-DiffuRL, run_sample.py, run_select.py, run_train.py.
+    """
+    start, _, steps = _window(config, iteration)
+    group, guided, reference, epochs = _factors(config)
+    trained = (min(2, group) if config.selection.contrast is not None else group) * (steps - start)
+    prefix = start if config.rollout.same_noise else start * group
+    return guided * (prefix + group * (steps - start) + epochs * trained * (1 + reference)), guided * epochs * trained
+
+
+_PATHS = ("chain", "window")
+_RELEASED: dict[str, tuple[str, tuple[str, ...], _Formula | None]] = {
+    "flow_grpo": ("yifan123/flow_grpo train_sd3.py", _PATHS, _flow_grpo),
+    "flow_grpo_fast": ("yifan123/flow_grpo train_sd3_fast.py", _PATHS, _flow_grpo),
+    "grpo_guard": ("yifan123/flow_grpo train_sd3_GRPO_Guard.py", _PATHS, _flow_grpo),
+    "dance_grpo": ("XueZeyue/DanceGRPO train_grpo_flux.py", _PATHS, _dance_grpo),
+    "mix_grpo": ("Tencent-Hunyuan/MixGRPO train_grpo_flux.py", _PATHS, _mix_grpo),
+    "mix_grpo_flash": ("Tencent-Hunyuan/MixGRPO train_grpo_flux.py", _PATHS, _mix_grpo),
+    "branch_grpo": ("Fredreic1849/BranchGRPO train_branchgrpo_flux.py", ("tree",), _branch_grpo),
+    "g2rpo": ("bcmi/Granular-GRPO train_g2rpo_hps.py", ("granular",), _g2rpo),
+    "ddpo": ("kvablack/ddpo-pytorch train.py", _PATHS, _ddpo),
+    "b2_diffurl": ("hu-zijing/B2-DiffuRL run_sample.py, run_train.py", ("window",), _b2_diffurl),
+    "tree_grpo": ("zh-ding/TreeGRPO, not read", (), None),
+}
+"""Method -> (implementation, plans that its formula describes, formula). A method that is missing has no public code."""
+
+_PROMPT_EACH = {
+    "flow_grpo": True,  # one text-encoder row for every picture: nothing is kept between batches
+    "flow_grpo_fast": True,
+    "grpo_guard": True,
+    "ddpo": True,
+    "b2_diffurl": False,  # one for every root
+}
+
+
+def _released(config: Config) -> Released:
+    method = config.method.partition("+")[0]
+    name, plans, formula = _RELEASED.get(method, ("no public code", (), None))
+    if formula is None:
+        return Released(name)
+    if config.rollout.plan not in plans:
+        return Released(f"{name} has no plan: {config.rollout.plan}")
+    groups = config.rollout.groups_per_iteration
+    spent = [formula(config, iteration) for iteration in range(1, config.training.iterations + 1)]
+    texts = None if method not in _PROMPT_EACH else groups * (config.rollout.group_size if _PROMPT_EACH[method] else 1)
+    return Released(name, Spread.of(groups * f for f, _ in spent), Spread.of(groups * b for _, b in spent), texts)
+
+
+# --- seconds ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Seconds of an iteration on this machine, from a few iterations with ``measured_prompts`` of its prompts, scaled to all of them.
+
+    Attributes:
+        rollout: sampling and decoding. reward: waiting for rewards after the last picture. train: the updates.
+        text_encoders: of the whole run. evaluations: of the whole run, from the rollout's time per row and the reward's per picture.
+        peak_memory: bytes, of the device's allocator or of the process.
+        samples: an iteration's, for `images_per_second`.
+    """
+
+    device: str
+    measured_iterations: int
+    measured_prompts: int
+    prompts: int
+    samples: int
+    iterations: int
+    rollout: float
+    reward: float
+    train: float
+    text_encoders: float
+    evaluations: float
+    peak_memory: int
+
+    @property
+    def iteration(self) -> float:
+        return self.rollout + self.reward + self.train
+
+    @property
+    def images_per_second(self) -> float:
+        return self.samples / self.iteration
+
+    @property
+    def training(self) -> float:
+        """Seconds of all iterations."""
+        return self.iterations * self.iteration
+
+    @property
+    def run(self) -> float:
+        """Seconds of the whole run, without loading the model and writing checkpoints."""
+        return self.text_encoders + self.training + self.evaluations
+
+
+def measure(config: Config, expected: Estimate, seconds: float = 20.0) -> Measurement:
+    """Train a few iterations in memory, as few groups as keep it short; nothing is written.
+
+    All groups are taken if they fit into ``seconds``, else at most one batch of the rollout.
+
+    Args:
+        expected: `estimate` of the same config.
+    Raises:
+        UserError: whatever a run would say at its start.
+    """
+    import torch
+
+    from flowrl.trainer import Trainer
+
+    started = time.perf_counter()
+    trainer = Trainer(config)
+    loaded = time.perf_counter()
+    cuda = trainer.policy.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    plan, groups = trainer.plan(1), config.rollout.groups_per_iteration
+    batch = min(groups, max(1, config.training.rows_per_forward // max(len(wave) for wave in plan.waves)))
+    least = min(groups, max(1, config.objective.updates_per_iteration - math.floor(group_rows(config, 1)[1]) + 1))  # every update needs a row
+
+    encoding = _prepare(trainer, least, 1)
+    once = _iterate(trainer, 1)  # also makes buffers and picks kernels
+    affordable = int(least * seconds / 4 / max(once["total"], 1e-9))
+    size = max(least, groups if affordable >= groups else min(affordable, batch))
+    deadline = time.perf_counter() + seconds - min(seconds / 2, time.perf_counter() - loaded)
+    timed: list[dict[str, float]] = []
+    for iteration in range(2, 7):
+        encoding += _prepare(trainer, size, iteration)
+        before = time.perf_counter()
+        if cuda and iteration == 2 and size != least:
+            _iterate(trainer, 1)
+        timed.append(_iterate(trainer, iteration))
+        if time.perf_counter() + (time.perf_counter() - before) > deadline:
+            break
+
+    phase = {name: statistics.fmean(row[name] for row in timed) for name in timed[0]}
+    walked, trained = (statistics.fmean(column) for column in zip(*(group_rows(config, i)[:2] for i in range(2, 2 + len(timed))), strict=True))
+    guided = _guided(config.rollout.guidance_scale)
+    rollout = phase["rollout"] * expected.rollout.mean / (guided * size * walked)
+    wait = phase["reward_wait"]
+    if size < groups:  # the rewards of a batch are computed while the next one is sampled
+        chunks = math.ceil(groups / batch)
+        wait *= batch / size
+        wait += max(0.0, (chunks - 1) * (wait - rollout / chunks))
+    scored = phase["reward_wait"] / (size * expected.pictures / groups) if size <= batch else 0.0  # seconds per picture; else hidden behind the rollout
+    memory = torch.cuda.max_memory_allocated() if cuda else _peak_of_process()
+    del started
+    return Measurement(
+        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
+        measured_iterations=len(timed),
+        measured_prompts=size,
+        prompts=groups,
+        samples=expected.samples,
+        iterations=expected.iterations,
+        rollout=rollout,
+        reward=wait,
+        train=phase["train"] * expected.training.mean / (size * trained),
+        text_encoders=encoding * expected.run_text_encoder_rows / max(1, len(trainer.policy._row_of)),
+        evaluations=expected.evaluation_rows * rollout / expected.rollout.mean + expected.evaluation_pictures * scored,
+        peak_memory=memory,
+    )
