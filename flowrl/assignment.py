@@ -68,7 +68,8 @@ class Assigner:
         self.config = config
         a = config.advantage
         self.history = PromptHistory(a.history_size, a.history_least) if a.name == "prompt_history" else None
-        self.keep_velocity = config.objective.ratio == "ratio_norm" or (config.layer_tuning.weight > 0)
+        tuned = config.layer_tuning.weight > 0 and config.layer_tuning.target == "best_velocity"
+        self.keep_velocity = tuned or config.objective.ratio == "ratio_norm"
 
     def __call__(
         self,
@@ -106,7 +107,7 @@ class Assigner:
         if placeholder:
             keep = group == 0
         chosen = select_edges(rollout, keep)
-        tuning = self._tuning(chosen, rewards, valid) if config.layer_tuning.weight > 0 else None
+        tuning = self._tuning(rollout, rollout.edge_row[keep].unique(), rewards, valid) if config.layer_tuning.weight > 0 else None
         sums = {
             "abs_advantage": clamped.abs().sum().item(),
             "clamped": float((raw != clamped).sum()),
@@ -202,8 +203,8 @@ class Assigner:
             keep &= edges_of_leaves(chosen, rollout.leaf_edge, len(step))
         return keep
 
-    def _tuning(self, rollout: Rollout, rewards: Tensor, valid: Tensor) -> Tuning:
-        """Weights and targets of the supervised term."""
+    def _tuning(self, rollout: Rollout, rows: Tensor, rewards: Tensor, valid: Tensor) -> Tuning:
+        """Weights and targets of the supervised term for some rows, from all leaves below them and the best path of all, trained or not."""
         tuning, num_groups = self.config.layer_tuning, int(rollout.leaf_group.max()) + 1
         group = rollout.leaf_group
         low, high = torch.full((num_groups,), torch.inf, dtype=torch.float64), torch.full((num_groups,), -torch.inf, dtype=torch.float64)
@@ -220,15 +221,15 @@ class Assigner:
         count = torch.zeros(len(rollout.row_sigma), dtype=torch.float64).index_add_(0, pairs[:, 0], use)
         total = torch.zeros_like(count).index_add_(0, pairs[:, 0], torch.where(valid, rewards, 0.0)[pairs[:, 1]])
         weight = progress_weights(total / count, rollout.row_group, high, low, mean, std, tuning.guard)
+        source = rows_of_best(pairs, rollout.row_group, rollout.row_step, best_leaf)
+        here = source >= 0 if tuning.nodes == "all" else source == torch.arange(len(source))
+        weight = torch.where(here, weight, torch.zeros_like(weight))[rows].float()
+        place = rows.to(rollout.row_x.device)
         if tuning.target == "to_best_x0":
-            index = best_leaf[rollout.row_group].clamp_min(0).to(rollout.leaves.device)
-            target = straight_velocity(rollout.row_x, rollout.row_sigma, rollout.leaves[index])
-        else:
-            source = rows_of_best(pairs, rollout.row_group, rollout.row_step, best_leaf)
-            weight = torch.where(source < 0, torch.zeros_like(weight), weight)
-            assert rollout.row_velocity is not None
-            target = rollout.row_velocity[source.clamp_min(0).to(rollout.row_velocity.device)]
-        return Tuning(weight.float(), target)
+            best = rollout.leaves[best_leaf[rollout.row_group[rows]].clamp_min(0).to(place.device)]
+            return Tuning(weight, straight_velocity(rollout.row_x[place], rollout.row_sigma[rows], best))
+        assert rollout.row_velocity is not None
+        return Tuning(weight, rollout.row_velocity[source[rows].clamp_min(0).to(place.device)])
 
     def state_dict(self) -> dict[str, Any] | None:
         return None if self.history is None else self.history.state_dict()

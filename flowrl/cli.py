@@ -257,6 +257,38 @@ def evaluate(
         _print_evaluations(rows)
 
 
+@app.command(
+    epilog=_examples(
+        "flowrl estimate configs/tiny_flow_grpo.yaml",
+        "flowrl estimate configs/tiny_flow_grpo.yaml rollout.same_noise=false --no-measure --json",
+    )
+)
+def estimate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
+    overrides: Overrides = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time a few iterations on this machine, about 20 s.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Say what a run will cost before it starts: network rows beside those of the method's released code, seconds and memory. Nothing is written."""
+    loaded = _load(config, list(overrides or []))
+    from flowrl.estimate import HEAD, cost_lines
+    from flowrl.estimate import estimate as count
+
+    expected, measured = count(loaded), None
+    if not as_json:
+        _print_noted(HEAD, *cost_lines(expected))
+    if measure:
+        from flowrl.measure import TIME_HEAD, time_lines
+        from flowrl.measure import measure as time_iterations
+
+        measured = time_iterations(loaded, expected)
+        if not as_json:
+            typer.echo("")
+            _print_noted(TIME_HEAD, *time_lines(measured))
+    if as_json:
+        typer.echo(json.dumps(expected.as_dict() | {"measured": measured.as_dict() if measured else None}))
+
+
 @app.command(epilog=_examples("flowrl report runs/first"))
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")]) -> None:
     """Write RUN/report.html, one file with all curves and the pictures before and after, and print its path."""
@@ -323,6 +355,13 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbe
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False).print(table)
+
+
+def _print_noted(columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str]) -> None:
+    """A table of numbers with its notes below."""
+    _print_table(columns, rows, numbers_from=1)
+    for note in notes:
+        typer.echo(note)
 
 
 def _print_evaluations(rows: Iterable[Mapping[str, Any]]) -> None:

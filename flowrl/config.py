@@ -234,7 +234,10 @@ class LayerTuningConfig(_Section):
     """LayerTuning-RL: a supervised term towards the best leaf of the tree, see flowrl/core/layer_tuning.py."""
 
     weight: NonNegativeFloat = 0.0
-    target: Literal["best_velocity", "to_best_x0"] = "best_velocity"
+    target: Literal["best_velocity", "to_best_x0"] = Field(
+        "best_velocity", description="the velocity that the best path had in this layer, or the straight way from the node to the best leaf"
+    )
+    nodes: Literal["all", "best_path"] = Field("all", description="which nodes of a layer are pulled")
     guard: NonNegativeFloat = Field(0.5, description="only where the best reward exceeds the group's mean by more than guard standard deviations")
 
 

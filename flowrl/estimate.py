@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts: network rows in closed form beside those of the released loops, and seconds from a few measured iterations.
+"""What a run will cost before it starts, without a model: network rows in closed form beside those of the released loops, texts and pictures.
 
 Rows of ours come from `planning.minimum_rows`, which a run logs as ``nfe/minimum``. Rows of released code are formulas read in that code and never run;
 each function below names its source. One row = one latent through the transformer once; the unconditional half of guidance is a row of its own.
@@ -10,12 +10,9 @@ term else 0, K inner epochs.
 from __future__ import annotations
 
 import math
-import platform
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from flowrl.core.selection import depth_window
@@ -27,9 +24,8 @@ from samplers.plans import Plan
 
 if TYPE_CHECKING:
     from flowrl.config import Config
-    from flowrl.trainer import Trainer
 
-__all__ = ["Estimate", "Measurement", "Released", "Spread", "estimate", "group_rows", "measure"]
+__all__ = ["HEAD", "Estimate", "Released", "Spread", "cost_lines", "estimate", "group_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +93,9 @@ class Estimate:
     def rows(self) -> float:
         """Mean rows of an iteration, forward and backward: ``nfe/used``."""
         return self.forward.mean + self.backward.mean
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rows": self.rows}
 
 
 def estimate(config: Config) -> Estimate:
@@ -251,11 +250,17 @@ def _dance_grpo(config: Config, iteration: int) -> tuple[float, float]:
 
 
 def _mix_grpo(config: Config, iteration: int) -> tuple[float, float]:
-    """F = G [T + W], B = G W: all members walk the common prefix themselves. Flash shortens T after the window, here by our count of its steps.
+    """F = c G [T + W (1 + r)], B = c G W: all members walk the common prefix themselves. Flash replaces the steps after the window by a grid of
+    int(compression (T - s - W + 1)) points, at least 1, both ends included.
 
-    Source: Tencent-Hunyuan/MixGRPO, fastvideo/train_grpo_flux.py (guidance is distilled, c = 1, and there is no KL; both factors are kept here).
+    Source: Tencent-Hunyuan/MixGRPO, fastvideo/train_grpo_flux.py and utils/sampling_utils.py (there guidance is distilled, c = 1, and there is no KL).
     """
-    return _flow_grpo(config, iteration)
+    start, count, steps = _window(config, iteration)
+    compression = config.rollout.after_window.compression
+    if config.rollout.plan == "window" and compression < 1:
+        steps = start + count + max(1, int(compression * (config.rollout.num_steps - start - count + 1))) - 1
+    group, guided, reference, epochs = _factors(config)
+    return guided * group * (steps + epochs * count * (1 + reference)), guided * epochs * group * count
 
 
 def _branch_grpo(config: Config, iteration: int) -> tuple[float, float]:
@@ -362,114 +367,51 @@ def _released(config: Config) -> Released:
     return Released(name, Spread.of(groups * f for f, _ in spent), Spread.of(groups * b for _, b in spent), texts)
 
 
-# --- seconds ------------------------------------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------------------------------------------
+
+HEAD = ("", "iteration", "run", "released", "released run", "ratio")
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Seconds of an iteration on this machine, from a few iterations with ``measured_prompts`` of its prompts, scaled to all of them.
+def cost_lines(expected: Estimate) -> tuple[list[tuple[str, ...]], list[str]]:
+    """(rows of a table under `HEAD`, notes)."""
+    released, iterations = expected.released, expected.iterations
+    both = None if released.forward is None or released.backward is None else (released.forward, released.backward)
 
-    Attributes:
-        rollout: sampling and decoding. reward: waiting for rewards after the last picture. train: the updates.
-        text_encoders: of the whole run. evaluations: of the whole run, from the rollout's time per row and the reward's per picture.
-        peak_memory: bytes, of the device's allocator or of the process.
-        samples: an iteration's, for `images_per_second`.
-    """
+    def line(name: str, ours: Spread, theirs: Spread | None) -> tuple[str, ...]:
+        shown = _count(ours.mean) if ours.least == ours.most else f"{_count(ours.mean)} ({_count(ours.least)} .. {_count(ours.most)})"
+        right = ("-", "-", "-") if theirs is None else (_count(theirs.mean), _count(theirs.mean * iterations), _ratio(theirs.mean, ours.mean))
+        return name, shown, _count(ours.mean * iterations), *right
 
-    device: str
-    measured_iterations: int
-    measured_prompts: int
-    prompts: int
-    samples: int
-    iterations: int
-    rollout: float
-    reward: float
-    train: float
-    text_encoders: float
-    evaluations: float
-    peak_memory: int
+    def plain(name: str, each: int, run: int) -> tuple[str, ...]:
+        return name, _count(each), _count(run), "-", "-", "-"
 
-    @property
-    def iteration(self) -> float:
-        return self.rollout + self.reward + self.train
-
-    @property
-    def images_per_second(self) -> float:
-        return self.samples / self.iteration
-
-    @property
-    def training(self) -> float:
-        """Seconds of all iterations."""
-        return self.iterations * self.iteration
-
-    @property
-    def run(self) -> float:
-        """Seconds of the whole run, without loading the model and writing checkpoints."""
-        return self.text_encoders + self.training + self.evaluations
+    total = Spread(expected.rows, expected.forward.least + expected.backward.least, expected.forward.most + expected.backward.most)
+    theirs = None if both is None else Spread(*(a + b for a, b in zip(astuple(both[0]), astuple(both[1]), strict=True)))
+    texts = released.text_encoder_rows
+    right = ("-", "-", "-") if texts is None else (_count(texts), _count(texts * iterations), _ratio(texts * iterations, expected.run_text_encoder_rows))
+    rows = [
+        plain("prompts", expected.prompts, expected.prompts * iterations),
+        plain("samples", expected.samples, expected.samples * iterations),
+        line("rows forward", expected.forward, both and both[0]),
+        line("  rollout", expected.rollout, None),
+        line("  training", Spread(*(a - b for a, b in zip(astuple(expected.forward), astuple(expected.rollout), strict=True))), None),
+        line("rows backward", expected.backward, both and both[1]),
+        line("rows", total, theirs),
+        ("text-encoder rows", "once", _count(expected.run_text_encoder_rows), *right),
+        plain("pictures decoded", expected.pictures, expected.run_pictures),
+        plain("reward scores", expected.pictures * expected.rewards, expected.run_pictures * expected.rewards),
+        ("evaluated pictures", "-", _count(expected.evaluation_pictures), "-", "-", "-"),
+        ("evaluation rows", "-", _count(expected.evaluation_rows), "-", "-", "-"),
+    ]
+    notes = [f"{expected.method}, {iterations:,} iterations, {expected.evaluations} evaluations; released: {released.name}"]
+    if expected.rows_note:
+        notes.append(f"training rows are {expected.rows_note}")
+    return rows, notes
 
 
-def measure(config: Config, expected: Estimate, seconds: float = 20.0) -> Measurement:
-    """Train a few iterations in memory, as few groups as keep it short; nothing is written.
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if abs(value - round(value)) < 0.05 or value >= 1000 else f"{value:,.1f}"
 
-    All groups are taken if they fit into ``seconds``, else at most one batch of the rollout.
 
-    Args:
-        expected: `estimate` of the same config.
-    Raises:
-        UserError: whatever a run would say at its start.
-    """
-    import torch
-
-    from flowrl.trainer import Trainer
-
-    started = time.perf_counter()
-    trainer = Trainer(config)
-    loaded = time.perf_counter()
-    cuda = trainer.policy.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    plan, groups = trainer.plan(1), config.rollout.groups_per_iteration
-    batch = min(groups, max(1, config.training.rows_per_forward // max(len(wave) for wave in plan.waves)))
-    least = min(groups, max(1, config.objective.updates_per_iteration - math.floor(group_rows(config, 1)[1]) + 1))  # every update needs a row
-
-    encoding = _prepare(trainer, least, 1)
-    once = _iterate(trainer, 1)  # also makes buffers and picks kernels
-    affordable = int(least * seconds / 4 / max(once["total"], 1e-9))
-    size = max(least, groups if affordable >= groups else min(affordable, batch))
-    deadline = time.perf_counter() + seconds - min(seconds / 2, time.perf_counter() - loaded)
-    timed: list[dict[str, float]] = []
-    for iteration in range(2, 7):
-        encoding += _prepare(trainer, size, iteration)
-        before = time.perf_counter()
-        if cuda and iteration == 2 and size != least:
-            _iterate(trainer, 1)
-        timed.append(_iterate(trainer, iteration))
-        if time.perf_counter() + (time.perf_counter() - before) > deadline:
-            break
-
-    phase = {name: statistics.fmean(row[name] for row in timed) for name in timed[0]}
-    walked, trained = (statistics.fmean(column) for column in zip(*(group_rows(config, i)[:2] for i in range(2, 2 + len(timed))), strict=True))
-    guided = _guided(config.rollout.guidance_scale)
-    rollout = phase["rollout"] * expected.rollout.mean / (guided * size * walked)
-    wait = phase["reward_wait"]
-    if size < groups:  # the rewards of a batch are computed while the next one is sampled
-        chunks = math.ceil(groups / batch)
-        wait *= batch / size
-        wait += max(0.0, (chunks - 1) * (wait - rollout / chunks))
-    scored = phase["reward_wait"] / (size * expected.pictures / groups) if size <= batch else 0.0  # seconds per picture; else hidden behind the rollout
-    memory = torch.cuda.max_memory_allocated() if cuda else _peak_of_process()
-    del started
-    return Measurement(
-        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
-        measured_iterations=len(timed),
-        measured_prompts=size,
-        prompts=groups,
-        samples=expected.samples,
-        iterations=expected.iterations,
-        rollout=rollout,
-        reward=wait,
-        train=phase["train"] * expected.training.mean / (size * trained),
-        text_encoders=encoding * expected.run_text_encoder_rows / max(1, len(trainer.policy._row_of)),
-        evaluations=expected.evaluation_rows * rollout / expected.rollout.mean + expected.evaluation_pictures * scored,
-        peak_memory=memory,
-    )
+def _ratio(theirs: float, ours: float) -> str:
+    return f"{theirs / ours:.2f}x" if theirs < 10 * ours else f"{theirs / ours:.0f}x"

@@ -73,15 +73,18 @@ def _stay(config: RolloutConfig, start: int, position: float) -> int:
     return window.every
 
 
-def _tree(config: RolloutConfig, start: int, size: int) -> tuple[int, dict[int, int], dict[int, float]]:
-    """(roots, branching, noise levels) of a tree."""
+def _tree(config: RolloutConfig, iteration: int, seed: int) -> tuple[int, dict[int, int], dict[int, float]]:
+    """(roots, branching, noise levels) of a tree. Without a use for the window its settings may be anything."""
     tree = config.tree
-    window = range(start, start + size)
-    splits = list(window) if tree.splits is None else sorted(tree.splits)
+    window = range(0)
+    if tree.splits is None or tree.stochastic == "window":
+        start, size = window_of(config, iteration, seed)
+        window = range(start, start + size)
+    splits = list(window) if tree.splits is None else list(tree.splits)
     children = tree.branching * len(splits) if len(tree.branching) == 1 else tree.branching
     steps = {"splits": set(splits), "window": {*splits, *window}, "all": set(range(config.num_steps - 1))}[tree.stochastic]
     levels = dict(zip(sorted(steps), config.noise_levels(len(steps)), strict=True))
-    for j, k in enumerate(splits):
+    for j, k in enumerate(sorted(splits)):
         levels[k] *= 1 + tree.noise_growth * j / max(1, len(splits) - 1)
     return config.group_size // math.prod(children), dict(zip(splits, children, strict=True)), levels
 
@@ -105,28 +108,26 @@ def build_plan(config: RolloutConfig, sigmas: Sequence[float], *, shift: float, 
             same_noise=config.same_noise,
             kernel=config.kernel,
         )
-    start, size = window_of(config, iteration, seed)
-    if config.plan == "granular":
-        steps = range(start, start + size)
-        return granular_plan(
-            sigmas,
-            config.group_size,
-            noise_level=config.noise_levels(size),
-            steps=steps,
-            granularities=config.granularities,
-            kernel=config.kernel,
-        )
     if config.plan == "tree":
-        roots, branching, levels = _tree(config, start, size)
-        grid = compress_after(sigmas, max(levels) + 1, config.after_window.compression, shift)
+        roots, branching, levels = _tree(config, iteration, seed)
         return tree_plan(
-            grid,
+            compress_after(sigmas, max(levels) + 1, config.after_window.compression, shift),
             roots=roots,
             branching=branching,
             noise_levels=levels,
             kernel=config.kernel,
             sibling_scale=config.tree.sibling_scale,
             solver=config.after_window.solver,
+        )
+    start, size = window_of(config, iteration, seed)
+    if config.plan == "granular":
+        return granular_plan(
+            sigmas,
+            config.group_size,
+            noise_level=config.noise_levels(size),
+            steps=range(start, start + size),
+            granularities=config.granularities,
+            kernel=config.kernel,
         )
     return window_plan(
         compress_after(sigmas, start + size, config.after_window.compression, shift),
@@ -145,14 +146,15 @@ def minimum_rows(config: RolloutConfig, *, iteration: int, seed: int) -> Rows:
     if config.plan == "chain":
         count = max(1, min(config.num_steps - 1, int(config.train_fraction * config.num_steps)))
         return path_rows(config.num_steps, config.group_size, first=0, count=count, same_noise=config.same_noise)
+    if config.plan == "tree":
+        roots, branching, levels = _tree(config, iteration, seed)
+        return tree_rows(_compressed(config, max(levels) + 1), roots=roots, branching=branching, trained=list(levels))
     start, size = window_of(config, iteration, seed)
     if config.plan == "granular":
         return granular_rows(config.num_steps, config.group_size, steps=range(start, start + size), granularities=config.granularities)
-    if config.plan == "tree":
-        roots, branching, levels = _tree(config, start, size)
-        kept = max(levels) + 1
-        num_steps = kept + max(1, math.ceil(config.after_window.compression * (config.num_steps - kept) - 1e-9))
-        return tree_rows(num_steps, roots=roots, branching=branching, trained=list(levels))
-    kept = start + size
-    num_steps = kept + max(1, math.ceil(config.after_window.compression * (config.num_steps - kept) - 1e-9))
-    return path_rows(num_steps, config.group_size, first=start, count=size, same_noise=config.same_noise)
+    return path_rows(_compressed(config, start + size), config.group_size, first=start, count=size, same_noise=config.same_noise)
+
+
+def _compressed(config: RolloutConfig, kept: int) -> int:
+    """Steps of a grid of which all after the first ``kept`` are compressed."""
+    return kept + max(1, math.ceil(config.after_window.compression * (config.num_steps - kept) - 1e-9))

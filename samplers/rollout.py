@@ -65,12 +65,12 @@ class _Executor:
     def sibling_noise(self, children: Sequence[int]) -> Tensor:
         """Noise of stochastic edges; siblings share a part of theirs where the plan says so."""
         own, scale = self.noise(len(children)), self.plan.sibling_scale
-        if scale is None:
-            return own
         parents = [self.plan.nodes[c].parent for c in children]
-        distinct = sorted(set(parents))
-        alone = torch.tensor([parents.count(p) == 1 for p in parents], device=self.device).view(1, -1, *[1] * len(self.shape))
-        shared = self.noise(len(distinct))[:, [distinct.index(p) for p in parents]]
+        families = sorted({p for p in parents if parents.count(p) > 1})
+        if scale is None or not families:
+            return own
+        alone = torch.tensor([p not in families for p in parents], device=self.device).view(1, -1, *[1] * len(self.shape))
+        shared = self.noise(len(families))[:, [families.index(p) if p in families else 0 for p in parents]]
         return torch.where(alone, own, (shared + scale * own) / math.sqrt(1 + scale**2))
 
     def deterministic(self, wave: _Wave, before: _Wave | None, v: Tensor, children: Sequence[int]) -> Tensor:

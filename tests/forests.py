@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -84,18 +85,18 @@ def path_to(plan, node):
 
 
 def noise_of(plan, number, shape=SHAPE):
-    """The noise of every root and of every stochastic edge of group ``number``, drawn again: roots first, then wave by wave in the plan's order."""
+    """The noise of every root and of every stochastic edge of group ``number``, drawn again, float64: roots first, then wave by wave in the plan's order."""
     generator = torch.Generator().manual_seed(100 + number)
     noise = {}
     for wave in plan.waves:
         drawn = [i for i in wave if plan.nodes[i].parent < 0 or plan.nodes[i].noise_level > 0]
         if drawn:
-            noise |= dict(zip(drawn, torch.randn(len(drawn), *shape, generator=generator), strict=True))
+            noise |= dict(zip(drawn, torch.randn(len(drawn), *shape, generator=generator).double(), strict=True))
         edges = [i for i in drawn if plan.nodes[i].parent >= 0]
         parents = [plan.nodes[i].parent for i in edges]
         families = sorted({p for p in parents if parents.count(p) > 1})
         if plan.sibling_scale is not None and families:
-            shared = dict(zip(families, torch.randn(len(families), *shape, generator=generator), strict=True))
+            shared = dict(zip(families, torch.randn(len(families), *shape, generator=generator).double(), strict=True))
             for i, p in zip(edges, parents, strict=True):
                 if p in shared:
                     noise[i] = (shared[p] + plan.sibling_scale * noise[i]) / math.sqrt(1 + plan.sibling_scale**2)
@@ -108,17 +109,17 @@ def walk(plan, number, shape=SHAPE):
     latents = {}
     for leaf in plan.leaves:
         path = path_to(plan, leaf)
-        x, before = noise[path[0]].double()[None], None
+        x, before = noise[path[0]][None], None
         latents[path[0]] = x[0]
-        for parent, child in zip(path, path[1:], strict=False):
+        for parent, child in itertools.pairwise(path):
             node, sigma = plan.nodes[child], plan.sigmas[plan.nodes[parent].step]
             after = plan.sigmas[node.step]
-            v = velocity(x, torch.tensor([sigma]), row)
+            v = velocity(x, torch.tensor([sigma], dtype=torch.float64), row)
             denoised = x - sigma * v
             if node.noise_level > 0:
                 step = Step(*(torch.tensor([value], dtype=torch.float64) for value in (sigma, after, plan.sigmas[1], node.noise_level)))
                 mean, std = kernel.moments(x, v, step)
-                x = mean + std * noise[child].double()
+                x = mean + std * noise[child]
             elif node.solver == "dpm++":
                 x = second_order(x, denoised, *before, sigma, after)
             else:

@@ -2,6 +2,7 @@
 
 import math
 
+import forests
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from flowrl.core.objectives import clipped_surrogate
 from flowrl.core.regularizers import gaussian_kl
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from flowrl.types import Decisions
-from samplers.plans import chain_plan, window_plan
+from samplers.forest import select_edges
 from samplers.rollout import execute
 from samplers.schedules import shifted_grid
 
@@ -38,11 +39,15 @@ class Network(nn.Module):
         return (hidden @ self.last).view_as(x)
 
 
-def plan_of(kind, same_noise):
-    common = {"noise_level": 0.7, "same_noise": same_noise, "kernel": "flow_sde"}
-    if kind == "chain":
-        return chain_plan(SIGMAS, GROUP_SIZE, train_fraction=0.99, **common)
-    return window_plan(SIGMAS, GROUP_SIZE, start=1, size=2, **common)
+PLANS = {
+    "chain": forests.chain(sigmas=SIGMAS),
+    "chain, shared noise": forests.chain(sigmas=SIGMAS, same_noise=True),
+    "window": forests.window(1, 2, sigmas=SIGMAS),
+    "window, shared noise": forests.window(1, 2, sigmas=SIGMAS, same_noise=True),
+    "tree": forests.tree({0: 2, 2: 2}, noise={0: 0.5, 1: 0.6, 2: 0.9}, sigmas=SIGMAS, sibling_scale=4.0),
+    "granular": forests.granular((0, 1), (1, 2), group_size=4, sigmas=SIGMAS, noise_level=[0.7, 0.5]),
+}
+each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
 def roll_out(network, plan, dtype=torch.float64):
@@ -86,11 +91,11 @@ def shared_gradient(network, reference, rollout, advantages, chunk):
     return [p.grad.clone() for p in network.parameters()]
 
 
-def naive_gradient(network, reference, rollout, advantages):
-    """One forward and one backward of one row for every decision, in float64, from the formulas."""
+def naive_gradient(network, reference, rollout, advantages, edges=None):
+    """One forward and one backward of one row for every decision (or for some), in float64, from the formulas."""
     network.zero_grad()
-    a = 0.7
-    for e in range(len(rollout.edge_row)):
+    for e in range(len(rollout.edge_row)) if edges is None else edges:
+        a = float(rollout.edge_noise_level[e])
         row = int(rollout.edge_row[e])
         x, sigma, sigma_next = rollout.row_x[row][None], float(rollout.edge_sigma[e]), float(rollout.edge_sigma_next[e])
         arguments = (x, torch.tensor([sigma], dtype=torch.float64), PROMPT_ROWS[rollout.row_group[row]][None])
@@ -109,33 +114,54 @@ def naive_gradient(network, reference, rollout, advantages):
     return [p.grad.clone() for p in network.parameters()]
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 1000])
-@pytest.mark.parametrize("same_noise", [True, False], ids=["shared", "independent"])
-@pytest.mark.parametrize("kind", ["chain", "window"])
-def test_the_gradient_of_shared_rows_is_that_of_one_row_per_decision(kind, same_noise, chunk):
+def assert_equal_gradients(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        scale = other.abs().max()
+        assert scale > 1e-3
+        torch.testing.assert_close(mine / scale, other / scale, rtol=0, atol=1e-6)
+
+
+@each_plan
+def test_the_gradient_of_shared_rows_is_that_of_one_row_per_decision(plan):
     behaviour = Network()
-    rollout = roll_out(behaviour, plan_of(kind, same_noise))
+    rollout = roll_out(behaviour, plan)
     advantages = torch.randn(len(rollout.edge_row), generator=torch.Generator().manual_seed(1))
     network = moved(behaviour)
     naive = naive_gradient(network, behaviour, rollout, advantages)
+    for chunk in (1, 5, 1000):
+        network.rows = 0
+        shared = shared_gradient(network, behaviour, rollout, advantages, chunk)
+        assert network.rows == len(rollout.row_sigma)
+        assert_equal_gradients(shared, naive)
+
+
+@each_plan
+def test_the_gradient_of_selected_decisions_is_that_of_one_row_for_each_of_them(plan):
+    behaviour = Network()
+    rollout = roll_out(behaviour, plan)
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand(len(rollout.edge_row), generator=generator) < 0.4
+    advantages = torch.randn(len(rollout.edge_row), generator=generator)
+    network = moved(behaviour)
+    naive = naive_gradient(network, behaviour, rollout, advantages, [e for e in range(len(keep)) if keep[e]])
+    chosen = select_edges(rollout, keep)
     network.rows = 0
-    shared = shared_gradient(network, behaviour, rollout, advantages, chunk)
-    assert network.rows == len(rollout.row_sigma)
-    for ours, theirs in zip(shared, naive, strict=True):
-        assert theirs.abs().max() > 1e-3
-        scale = theirs.abs().max()
-        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-6)
+    shared = shared_gradient(network, behaviour, chosen, advantages[keep], 5)
+    assert network.rows == len(rollout.edge_row[keep].unique())
+    assert_equal_gradients(shared, naive)
+    nothing = torch.where(keep, advantages, 0.0)  # a decision that is left out is not one with advantage 0: that one keeps its KL
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(shared, shared_gradient(network, behaviour, rollout, nothing, 5), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["chain", "window"])
-def test_the_ratio_after_a_replay_is_one(kind, dtype):
+@each_plan
+def test_the_ratio_after_a_replay_is_one(plan, dtype):
     network = Network().to(dtype)
 
     def velocity(x, sigma, prompt_row):
         return network(x, sigma.to(dtype), prompt_row)
 
-    rollout = roll_out(velocity, plan_of(kind, True), dtype)
+    rollout = roll_out(velocity, plan, dtype)
     batch = select_rows(rollout, torch.arange(len(rollout.row_sigma)), PROMPT_ROWS)
     log_prob = TransitionLikelihood("flow_sde")(velocity, batch).log_prob
     assert log_prob.dtype == torch.float32
@@ -143,7 +169,7 @@ def test_the_ratio_after_a_replay_is_one(kind, dtype):
 
 
 def test_siblings_come_with_their_shared_row():
-    rollout = roll_out(Network(), plan_of("window", True))  # 5 rows a group: the branching one with 4 decisions, then 4 with one each
+    rollout = roll_out(Network(), PLANS["window, shared noise"])  # 5 rows a group: the branching one with 4 decisions, then 4 with one each
     batch = select_rows(rollout, torch.tensor([5]), PROMPT_ROWS)
     assert batch.edge.tolist() == [8, 9, 10, 11]
     assert batch.edge_row.tolist() == [0, 0, 0, 0]
@@ -157,9 +183,9 @@ def test_siblings_come_with_their_shared_row():
     assert batch.step.noise_level.tolist() == [0.7] * 4
 
 
-@pytest.mark.parametrize("kind", ["chain", "window"])
-def test_rows_in_any_order_give_each_decision_the_same_log_probability(kind):
-    rollout = roll_out(Network(), plan_of(kind, True))
+@each_plan
+def test_rows_in_any_order_give_each_decision_the_same_log_probability(plan):
+    rollout = roll_out(Network(), plan)
     network, likelihood = moved(Network()), TransitionLikelihood("flow_sde", "sum")
     everything = torch.arange(len(rollout.row_sigma))
     ordered = likelihood(network, select_rows(rollout, everything, PROMPT_ROWS)).log_prob
@@ -170,14 +196,15 @@ def test_rows_in_any_order_give_each_decision_the_same_log_probability(kind):
     torch.testing.assert_close(found, ordered, rtol=1e-6, atol=1e-6)
 
 
-def test_micro_batches_cover_every_decision_once():
-    rollout = roll_out(Network(), plan_of("chain", True))
+@each_plan
+def test_micro_batches_cover_every_decision_once(plan):
+    rollout = roll_out(Network(), plan)
     edges = torch.cat([select_rows(rollout, rows, PROMPT_ROWS).edge for rows in torch.arange(len(rollout.row_sigma)).split(7)])
     assert edges.sort().values.tolist() == list(range(len(rollout.edge_row)))
 
 
 def test_the_output_holds_a_velocity_for_each_row_and_for_each_decision():
-    rollout = roll_out(Network(), plan_of("window", True))
+    rollout = roll_out(Network(), PLANS["window, shared noise"])
     network = Network()
     batch = select_rows(rollout, torch.arange(5), PROMPT_ROWS)
     out = TransitionLikelihood("flow_sde")(network, batch)
@@ -189,7 +216,7 @@ def test_the_output_holds_a_velocity_for_each_row_and_for_each_decision():
 
 
 def test_the_sum_reduction_is_the_number_of_elements_times_the_mean():
-    rollout = roll_out(Network(), plan_of("chain", False))
+    rollout = roll_out(Network(), PLANS["chain"])
     batch = select_rows(rollout, torch.arange(len(rollout.row_sigma)), PROMPT_ROWS)
     total, average = (TransitionLikelihood("flow_sde", reduction)(Network(), batch).log_prob for reduction in ("sum", "mean"))
     torch.testing.assert_close(total, 8 * average, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from forests import PLANS, Counted, chain, flash, granular, roll_out, tree, window
+from forests import PLANS, Counted, chain, flash, granular, path_to, roll_out, tree, window
 
 from samplers.nfe import granular_rows, path_rows, tree_rows
 from samplers.plans import compress_after
@@ -55,7 +55,9 @@ def test_dynamic_tree_rpo_trains_15_rows_wherever_its_window_is():
         assert rows_of(tree(branching, sigmas=shifted_grid(25, 3.0))) == expected
 
 
-@pytest.mark.parametrize(("children", "levels", "roots", "leaves", "train"), [(2, 3, 1, 8, 7), (2, 4, 1, 16, 15), (3, 3, 1, 27, 13), (4, 3, 1, 64, 21), (3, 3, 2, 54, 26)])
+@pytest.mark.parametrize(
+    ("children", "levels", "roots", "leaves", "train"), [(2, 3, 1, 8, 7), (2, 4, 1, 16, 15), (3, 3, 1, 27, 13), (4, 3, 1, 64, 21), (3, 3, 2, 54, 26)]
+)
 def test_tree_grpos_effective_steps_are_the_training_rows(children, levels, roots, leaves, train):
     # the paper's ablation table: (K^d - 1) / (K - 1) inner nodes of each tree
     branching = dict.fromkeys(range(levels), children)
@@ -95,6 +97,22 @@ def test_flash_by_hand():
     assert rows_of(plan) == path_rows(13, 12, first=0, count=4, same_noise=True) == (145, 37)
 
 
+def test_the_worked_numbers_of_the_docs():
+    def window_rows(num_steps, group_size, start, size):
+        return path_rows(num_steps, group_size, first=start, count=size, same_noise=True)
+
+    assert [window_rows(16, 12, 0, 15), window_rows(25, 12, 0, 4), window_rows(25, 12, 12, 4)] == [(181, 169), (289, 37), (157, 37)]
+    assert sum(window_rows(25, 12, start, 4)[0] for start in range(13)) / 13 == 223
+    flash_steps = {start: start + 4 + math.ceil(0.4 * (21 - start) - 1e-9) for start in range(15)}
+    assert [window_rows(flash_steps[start], 12, start, 4) for start in (0, 6, 12)] == [(145, 37), (115, 37), (97, 37)]
+    assert sum(window_rows(flash_steps[start], 12, start, 4)[0] for start in range(15)) / 15 == 116
+    assert granular_rows(16, 12, steps=range(8), granularities=(1, 2)) == (1544, 8)
+    assert granular_rows(16, 12, steps=range(8), granularities=(1, 2, 3)) == (1820, 8)
+    assert window_rows(20, 5, 6, 13)[0] == 72
+    tree_rows_of = [tree_rows(10, roots=1, branching=dict.fromkeys(range(i, i + 3), 3), trained=range(i, i + 3))[0] for i in range(7)]
+    assert sum(rows * 0.5**i for i, rows in enumerate(tree_rows_of)) / sum(0.5**i for i in range(7)) == pytest.approx(177.4, abs=0.05)
+
+
 # --- equal to plans -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -117,18 +135,7 @@ def test_trees_have_the_rows_of_the_formula():
             branching, steps = dict(zip(splits, children, strict=True)), {*splits, *extra}
             plan = tree(branching, noise=dict.fromkeys(steps, 0.5), roots=roots, sigmas=sigmas)
             assert rows_of(plan) == tree_rows(7, roots=roots, branching=branching, trained=steps)
-            assert plan.forward_rows == sum(len({path[k] for path in paths(plan)}) for k in range(7))
-
-
-def paths(plan):
-    """Node by step of each leaf's path, of plans that skip no step."""
-    out = []
-    for leaf in plan.leaves:
-        path = [leaf]
-        while plan.nodes[path[0]].parent >= 0:
-            path.insert(0, plan.nodes[path[0]].parent)
-        out.append(path)
-    return out
+            assert plan.forward_rows == sum(len({path_to(plan, leaf)[k] for leaf in plan.leaves}) for k in range(7))
 
 
 @pytest.mark.parametrize("granularities", [(1,), (2,), (1, 2), (3, 1, 2), (1, 4)])

@@ -187,9 +187,9 @@ def test_a_compressed_grid_by_hand():
     assert flash[5] == pytest.approx(shift_sigma(21 / 25 * 8 / 9, 3.0))
 
 
-@pytest.mark.parametrize(("compression", "left", "count"), [(1.0, 7, 7), (0.99, 7, 7), (0.5, 7, 4), (0.2, 15, 3), (0.4, 5, 2), (0.01, 9, 1), (0.1, 10, 1)])
+@pytest.mark.parametrize(("compression", "left", "count"), [(1.0, 7, 7), (0.99, 7, 7), (0.5, 7, 4), (0.28, 25, 7), (0.4, 5, 2), (0.01, 9, 1), (0.1, 10, 1)])
 def test_the_share_is_rounded_up_and_never_empty(compression, left, count):
-    # 0.2 * 15 is 3.0000000000000004 in floating point, and is 3 steps
+    # 0.28 * 25 is 7.000000000000001 in floating point, and is 7 steps
     grid = compress_after(shifted_grid(left + 2, 3.0), 2, compression, 3.0)
     assert len(grid) - 1 == 2 + count
 

@@ -1,166 +1,111 @@
-"""The executor: every distinct latent is one network row, groups are independent of each other, and a rollout is what its plan says."""
+"""The executor: a rollout is what its plan says, groups are independent of each other, and walking every path alone gives the same latents."""
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
+from forests import PLANS, SHAPE, SIX, Counted, chain, granular, noise_of, path_to, roll_out, tree, walk, window
 
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
-from flowrl.types import Rollout
-from samplers.kernels import Step, expand, load_kernel
-from samplers.nfe import path_rows
-from samplers.plans import Node, Plan, chain_plan, window_plan
-from samplers.rollout import concatenate, execute, sample_ode
+from samplers.kernels import KERNELS
+from samplers.plans import Node, Plan
+from samplers.rollout import sample_ode
 from samplers.schedules import diffusers_grid, shifted_grid
 
-CPU = torch.device("cpu")
-SHAPE = (2, 3, 3)
-SIGMAS = shifted_grid(6, 3.0)
 EXACT = {"rtol": 0.0, "atol": 0.0}
+each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
-def plan_of(kind, same_noise, group_size=4, sigmas=SIGMAS):
-    common = {"noise_level": 0.7, "same_noise": same_noise, "kernel": "flow_sde"}
-    if kind == "chain":
-        return chain_plan(sigmas, group_size, train_fraction=0.99, **common)
-    return window_plan(sigmas, group_size, start=2, size=2, **common)
+def tensors(rollout):
+    found = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(rollout)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-PLANS = [("chain", False), ("chain", True), ("window", False), ("window", True)]
-each_plan = pytest.mark.parametrize(("kind", "same_noise"), PLANS, ids=[f"{k}-{'shared' if s else 'independent'}" for k, s in PLANS])
-
-
-class Counted:
-    """An elementwise velocity that depends on all of its inputs, and remembers every row that it was asked for."""
-
-    def __init__(self):
-        self.rows = []
-        self.calls = 0
-
-    def __call__(self, x, sigma, prompt_row):
-        assert len(x) == len(sigma) == len(prompt_row)
-        self.calls += 1
-        self.rows += [(s, p, tuple(row.flatten().tolist())) for s, p, row in zip(sigma.tolist(), prompt_row.tolist(), x, strict=True)]
-        return torch.tanh(x) * (0.5 + expand(sigma, x)) + 0.1 * expand(prompt_row, x)
-
-
-def roll_out(plan, numbers, velocity=None, **options):
-    """Groups by number: group n has prompt row 10 + n and its own seed."""
-    generators = [torch.Generator().manual_seed(100 + n) for n in numbers]
-    prompt_rows = torch.tensor([10 + n for n in numbers])
-    return execute(velocity or Counted(), plan, prompt_rows, generators, SHAPE, device=CPU, **options)
-
-
-def assert_same(a, b, **tolerance):
-    for field in dataclasses.fields(Rollout):
-        first, second = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(first, torch.Tensor):
-            torch.testing.assert_close(first, second, **tolerance, msg=lambda text, name=field.name: f"{name}: {text}")
-        else:
-            assert first == second, field.name
+# --- what is recorded ---------------------------------------------------------------------------------------------------------------------------
 
 
 @each_plan
-def test_the_rows_asked_for_are_the_minimum(kind, same_noise):
-    velocity = Counted()
-    rollout = roll_out(plan_of(kind, same_noise), range(3), velocity)
-    first, count = (0, 5) if kind == "chain" else (2, 2)
-    forward, train = path_rows(6, 4, first=first, count=count, same_noise=same_noise)
-    assert len(velocity.rows) == rollout.forward_rows == 3 * forward
-    assert len(rollout.row_sigma) == 3 * train
-    assert velocity.calls == 6  # a wave is one batch
-
-
-@each_plan
-def test_no_state_is_evaluated_twice(kind, same_noise):
-    velocity = Counted()
-    roll_out(plan_of(kind, same_noise), range(3), velocity)
-    assert len(set(velocity.rows)) == len(velocity.rows)
-    without_prompt = {(sigma, x) for sigma, _, x in velocity.rows}
-    assert len(without_prompt) == len(velocity.rows)  # and no two groups share a state
-
-
-@each_plan
-def test_a_rollout_has_the_shapes_and_dtypes_of_its_plan(kind, same_noise):
-    plan = plan_of(kind, same_noise)
+def test_a_rollout_has_the_shapes_and_dtypes_of_its_plan(plan):
     rollout = roll_out(plan, range(2))
-    rows, edges = 2 * len(plan.train_rows), 2 * sum(node.trained for node in plan.nodes)
-    assert rollout.leaves.shape == (8, *SHAPE)
-    assert rollout.row_x.shape == (rows, *SHAPE)
-    assert rollout.edge_x_next.shape == (edges, *SHAPE)
+    leaves, rows, edges = len(plan.leaves), len(plan.train_rows), sum(node.trained for node in plan.nodes)
+    assert rollout.leaves.shape == (2 * leaves, *SHAPE)
+    assert rollout.row_x.shape == (2 * rows, *SHAPE)
+    assert rollout.edge_x_next.shape == (2 * edges, *SHAPE)
     assert (rollout.leaves.dtype, rollout.edge_old_log_prob.dtype, rollout.edge_sigma.dtype) == (torch.float32, torch.float32, torch.float64)
-    assert rollout.leaf_group.tolist() == [0] * 4 + [1] * 4
-    assert rollout.row_group.tolist() == [0] * (rows // 2) + [1] * (rows // 2)
-    assert rollout.edge_sigma_guard.eq(SIGMAS[1]).all()
-    assert rollout.edge_noise_level.eq(0.7).all()
-    assert rollout.edge_sigma.tolist() == rollout.row_sigma[rollout.edge_row].tolist()
-    assert rollout.edge_sigma.tolist() == [SIGMAS[k] for k in rollout.edge_step]
-    assert rollout.edge_sigma_next.tolist() == [SIGMAS[k + 1] for k in rollout.edge_step]
+    assert rollout.leaf_group.tolist() == [0] * leaves + [1] * leaves
+    assert rollout.row_group.tolist() == [0] * rows + [1] * rows
+    assert rollout.row_velocity is None
+    assert rollout.kernel == plan.kernel
 
 
 @each_plan
-def test_walking_the_recorded_edges_gives_the_leaves(kind, same_noise):
-    # one group: replay each leaf's path with naive one-row steps from the last recorded decision
-    rollout = roll_out(plan_of(kind, same_noise), [7])
-    velocity, row = Counted(), torch.tensor([17])
-    for leaf in range(4):
-        below = rollout.leaf_edge[rollout.leaf_edge[:, 1] == leaf, 0]
-        last = below[rollout.edge_step[below].argmax()]
-        x = rollout.edge_x_next[last][None]
-        rest = SIGMAS[int(rollout.edge_step[last]) + 1 :]
-        torch.testing.assert_close(sample_ode(velocity, x, rest, row)[0], rollout.leaves[leaf])
-
-
-@each_plan
-def test_a_naive_path_per_sample_gives_the_same_latents(kind, same_noise):
-    # rebuild the plan's noise in its order, then sample each path alone, step by step
-    plan = plan_of(kind, same_noise)
-    rollout = roll_out(plan, [3])
-    generator = torch.Generator().manual_seed(103)
-    kernel, euler, velocity, row = load_kernel("flow_sde"), load_kernel("ode"), Counted(), torch.tensor([13])
-    active = set(rollout.edge_step.tolist())
-    paths = torch.randn(1 if same_noise else 4, *SHAPE, generator=generator)
-    for k in range(6):
-        if same_noise and k == min(active):
-            paths = paths.repeat(4, 1, 1, 1)
-        z = torch.randn(len(paths), *SHAPE, generator=generator) if k in active else torch.zeros_like(paths)
-        new = []
-        for x, noise in zip(paths, z, strict=True):
-            step = Step(*(torch.tensor([value], dtype=torch.float64) for value in (SIGMAS[k], SIGMAS[k + 1], SIGMAS[1], 0.7)))
-            v = velocity(x[None], step.sigma, row)
-            mean, std = (kernel if k in active else euler).moments(x[None], v, step)
-            new.append(mean[0] + std.float() * noise)
-        paths = torch.stack(new)
-    torch.testing.assert_close(rollout.leaves, paths)
-
-
-def test_siblings_share_their_prefix_and_differ_after_it():
-    rollout = roll_out(plan_of("window", True), range(2))
-    first = rollout.edge_step == 2
-    assert int(first.sum()) == 8
-    assert rollout.edge_row[first].tolist() == [0, 0, 0, 0, 5, 5, 5, 5]  # one row per group, then four of their own
-    assert len(rollout.edge_x_next[first].flatten(1).unique(dim=0)) == 8
-    assert len(rollout.leaves.flatten(1).unique(dim=0)) == 8
-
-
-def test_independent_start_noise_gives_each_sample_its_own_prefix():
-    rollout = roll_out(plan_of("window", False), range(2))
-    first = rollout.edge_step == 2
-    assert len(rollout.row_x[rollout.edge_row[first]].flatten(1).unique(dim=0)) == 8
-
-
-@each_plan
-def test_a_decision_reaches_exactly_the_leaves_below_it(kind, same_noise):
-    plan = plan_of(kind, same_noise)
+def test_every_decision_holds_its_own_step(plan):
     rollout = roll_out(plan, range(2))
-    steps = len(rollout.edge_step.unique())
-    assert len(rollout.leaf_edge) == 2 * 4 * steps  # G paths of W decisions each
-    for edge, leaf in rollout.leaf_edge.tolist():
-        assert rollout.row_group[rollout.edge_row[edge]] == rollout.leaf_group[leaf]
-    for leaf in range(8):
-        mine = rollout.leaf_edge[rollout.leaf_edge[:, 1] == leaf, 0]
-        assert rollout.edge_step[mine].sort().values.tolist() == rollout.edge_step.unique().tolist()
+    trained = [node for node in plan.nodes if node.trained] * 2
+    starts = [plan.nodes[node.parent].step for node in trained]
+    assert rollout.edge_step.tolist() == starts
+    assert rollout.edge_sigma.tolist() == [plan.sigmas[k] for k in starts]
+    assert rollout.edge_sigma_next.tolist() == [plan.sigmas[node.step] for node in trained]
+    assert rollout.edge_noise_level.tolist() == [node.noise_level for node in trained]
+    assert rollout.edge_sigma_guard.eq(plan.sigmas[1]).all()
+    assert rollout.row_sigma[rollout.edge_row].tolist() == rollout.edge_sigma.tolist()
+    assert rollout.row_step[rollout.edge_row].tolist() == starts
+
+
+@each_plan
+def test_kept_velocities_are_those_of_the_training_rows(plan):
+    rollout = roll_out(plan, range(2), keep_velocity=True)
+    prompt = torch.tensor([10, 11])[rollout.row_group]
+    torch.testing.assert_close(rollout.row_velocity, Counted()(rollout.row_x, rollout.row_sigma, prompt))
+
+
+def test_a_depth_two_tree_by_hand():
+    # nodes: 0 | 1 2 | 3 4 5 6 | 7 8 9 10; decisions 0 1 | 2 3 (below 0) 4 5 (below 1)
+    rollout = roll_out(tree({0: 2, 1: 2}, sigmas=shifted_grid(3, 3.0)), range(2))
+    assert rollout.edge_row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert rollout.edge_parent.tolist() == [-1, -1, 0, 0, 1, 1, -1, -1, 6, 6, 7, 7]
+    pairs = [(0, 0), (2, 0), (0, 1), (3, 1), (1, 2), (4, 2), (1, 3), (5, 3)]
+    assert sorted(map(tuple, rollout.leaf_edge.tolist())) == sorted([*pairs, *((edge + 6, leaf + 4) for edge, leaf in pairs)])
+    assert rollout.leaf_set.tolist() == [0] * 4 + [1] * 4
+    assert rollout.row_step.tolist() == [0, 1, 1] * 2
+
+
+def test_the_parent_of_a_decision_is_the_nearest_trained_one_above_it():
+    # step 1 is deterministic, step 2 is noisy without branching
+    rollout = roll_out(tree({0: 2, 3: 2}, noise={0: 0.5, 2: 0.5, 3: 0.5}), range(1))
+    assert rollout.edge_step.tolist() == [0, 0, 2, 2, 3, 3, 3, 3]
+    assert rollout.edge_parent.tolist() == [-1, -1, 0, 1, 2, 2, 3, 3]
+    assert rollout.edge_row.tolist() == [0, 0, 1, 2, 3, 3, 4, 4]
+
+
+def test_a_noisy_step_that_is_not_trained_is_passed_over():
+    nodes = (Node(-1, 0), Node(0, 1, 0.7, True), Node(1, 2, 0.7), Node(2, 3, 0.7, True), Node(3, 4))
+    rollout = roll_out(Plan(shifted_grid(4, 1.0), nodes, "flow_sde"), range(2))
+    assert rollout.edge_step.tolist() == [0, 2, 0, 2]
+    assert rollout.edge_parent.tolist() == [-1, 0, -1, 2]
+    assert sorted(map(tuple, rollout.leaf_edge.tolist())) == [(0, 0), (1, 0), (2, 1), (3, 1)]
+
+
+def test_a_granular_rollout_by_hand():
+    # G = 2, steps 0 and 1, three strides: leaves in the order step, stride, child
+    rollout = roll_out(granular((0, 1), (1, 2, 3), group_size=2), range(2))
+    assert rollout.edge_row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rollout.edge_parent.tolist() == [-1] * 8  # a child of the anchor at step 1 does not come from a child at step 0
+    assert rollout.leaf_set.tolist() == [s for s in range(12) for _ in range(2)]
+    # leaf 6 step + 2 stride + child is below decision 2 step + child
+    pairs = [(2 * k + i, 6 * k + 2 * j + i) for k in range(2) for j in range(3) for i in range(2)]
+    assert sorted(map(tuple, rollout.leaf_edge.tolist())) == sorted([*pairs, *((edge + 4, leaf + 12) for edge, leaf in pairs)])
+
+
+@each_plan
+def test_a_decision_reaches_exactly_the_leaves_below_it(plan):
+    rollout = roll_out(plan, range(2))
+    number = {i: slot for slot, i in enumerate(i for i, node in enumerate(plan.nodes) if node.trained)}
+    size = len(number), len(plan.leaves)
+    expected = [(number[i] + g * size[0], j + g * size[1]) for g in range(2) for j, leaf in enumerate(plan.leaves) for i in path_to(plan, leaf) if i in number]
+    assert sorted(map(tuple, rollout.leaf_edge.tolist())) == sorted(expected)
 
 
 def test_a_decision_above_a_branch_reaches_all_leaves_below_it():
@@ -169,11 +114,72 @@ def test_a_decision_above_a_branch_reaches_all_leaves_below_it():
     assert sorted(map(tuple, rollout.leaf_edge.tolist())) == [(0, 0), (0, 1), (1, 0), (2, 1), (3, 2), (3, 3), (4, 2), (5, 3)]
 
 
+def test_a_rollout_carries_no_gradient():
+    weight = torch.ones(1, requires_grad=True)
+    rollout = roll_out(tree({0: 2}), [0], lambda x, s, p: weight * x, keep_velocity=True)
+    assert not any(value.requires_grad for value in tensors(rollout).values())
+
+
+def test_latents_keep_the_dtype_that_was_asked_for():
+    single, double = (roll_out(PLANS["tree, all steps"], [0], dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert (single.leaves.dtype, double.leaves.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(double.leaves.float(), single.leaves, rtol=1e-4, atol=1e-5)  # the same noise
+
+
+# --- the latents --------------------------------------------------------------------------------------------------------------------------------
+
+
+@each_plan
+def test_walking_every_path_alone_gives_the_same_latents(plan):
+    together = roll_out(plan, [3, 4], dtype=torch.float64)
+    for slot, number in enumerate((3, 4)):
+        latents = walk(plan, number)
+        edges = [i for i, node in enumerate(plan.nodes) if node.trained]
+        for found, nodes in ((together.leaves, plan.leaves), (together.edge_x_next, edges), (together.row_x, plan.train_rows)):
+            mine = found.view(2, len(nodes), *SHAPE)[slot]
+            torch.testing.assert_close(mine, torch.stack([latents[i] for i in nodes]), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "ode"])
+def test_every_kernel_gives_the_latents_of_paths_walked_alone(kernel):
+    plan = tree({1: 2, 2: 2}, noise={1: 0.5, 2: 0.8, 3: 0.3}, kernel=kernel, sibling_scale=2.0)
+    latents = walk(plan, 3)
+    torch.testing.assert_close(roll_out(plan, [3], dtype=torch.float64).leaves, torch.stack([latents[i] for i in plan.leaves]), rtol=1e-11, atol=1e-11)
+
+
+def test_dpm_solver_remembers_the_clean_estimates_of_the_window():
+    # its first step after the window is of second order, with the estimate at the window's last latent as history: unlike an Euler step there
+    second, first = (roll_out(window(1, 2, group_size=2, solver=solver), [0], dtype=torch.float64) for solver in ("dpm++", "ode"))
+    torch.testing.assert_close(second.edge_x_next, first.edge_x_next, **EXACT)
+    assert (second.leaves - first.leaves).abs().max() > 1e-3
+    # where one step remains, to sigma 0, it is the Euler step
+    last, plain = (roll_out(window(1, 4, group_size=2, solver=solver), [0]) for solver in ("dpm++", "ode"))
+    torch.testing.assert_close(last.leaves, plain.leaves)
+
+
+def test_a_wave_may_mix_stochastic_and_deterministic_steps():
+    # the anchor goes on beside its children; listed between them, so that the order in the plan is not the order by kind
+    nodes = (Node(-1, 0), Node(0, 1, 0.7, True), Node(0, 1), Node(0, 1, 0.5, True), Node(2, 2), Node(1, 2), Node(3, 2))
+    plan = Plan((1.0, 0.6, 0.0), nodes, "flow_sde")
+    velocity = Counted()
+    rollout = roll_out(plan, [0, 5], velocity, dtype=torch.float64)
+    assert velocity.calls == 2
+    for slot, number in enumerate((0, 5)):
+        latents = walk(plan, number)
+        torch.testing.assert_close(rollout.leaves.view(2, 3, *SHAPE)[slot], torch.stack([latents[i] for i in (4, 5, 6)]))
+        torch.testing.assert_close(rollout.edge_x_next.view(2, 2, *SHAPE)[slot], torch.stack([latents[1], latents[3]]))
+
+
+def test_a_wave_of_two_solvers_is_refused():
+    nodes = (Node(-1, 0), Node(0, 1), Node(0, 1, 0.7, True), Node(1, 2), Node(2, 2, solver="dpm++"))
+    with pytest.raises(ValueError, match=r"a wave mixes Euler and DPM-Solver\+\+ steps"):
+        roll_out(Plan((1.0, 0.6, 0.0), nodes, "flow_sde"), [0])
+
+
 def test_children_start_from_their_own_parent_in_an_uneven_tree():
     # two branches; the second one branches again, and the children are listed across
     nodes = (Node(-1, 0), Node(0, 1, 0.7, True), Node(0, 1, 0.7, True), Node(2, 2), Node(1, 2), Node(2, 2))
-    sigmas = (1.0, 0.6, 0.0)
-    rollout = roll_out(Plan(sigmas, nodes, "flow_sde"), [0])
+    rollout = roll_out(Plan((1.0, 0.6, 0.0), nodes, "flow_sde"), [0])
     left, right = (sample_ode(Counted(), x[None], (0.6, 0.0), torch.tensor([10])) for x in rollout.edge_x_next)
     torch.testing.assert_close(rollout.leaves, torch.cat([right, left, right]))
     assert sorted(map(tuple, rollout.leaf_edge.tolist())) == [(0, 1), (1, 0), (1, 2)]
@@ -196,60 +202,149 @@ def test_paths_of_different_lengths_end_in_their_own_wave():
     assert len(rollout.edge_row) == 0
 
 
-def test_a_wave_of_mixed_steps_is_refused():
-    nodes = (Node(-1, 0), Node(0, 1, 0.7, True), Node(0, 1))
-    with pytest.raises(ValueError, match="a wave mixes stochastic and deterministic steps"):
-        roll_out(Plan((1.0, 0.0), nodes, "flow_sde"), [0])
+def test_the_children_of_an_anchor_leave_one_latent():
+    # 5.4.1 of the method notes: bit by bit, and it is the latent of the Euler path
+    rollout = roll_out(granular((0, 2), (1,), group_size=5), [0, 1])
+    assert rollout.edge_row.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+    anchors = [sample_ode(Counted(), noise_of(granular(), g)[0][None].float(), shifted_grid(8, 3.0)[:3], torch.tensor([10 + g])) for g in (0, 1)]
+    torch.testing.assert_close(rollout.row_x[1::2], torch.cat(anchors), **EXACT)
+    assert len(rollout.edge_x_next.flatten(1).unique(dim=0)) == 20
+
+
+def test_one_granularity_of_one_step_is_fast_with_a_window_of_one_step():
+    # 5.4.2 of the method notes: the same latents, decisions and comparisons
+    ours, fast = (roll_out(plan, range(2)) for plan in (granular((2,), (1,), group_size=4, sigmas=SIX), window(2, 1, same_noise=True)))
+    assert ours.forward_rows == fast.forward_rows
+    for (name, mine), theirs in zip(tensors(ours).items(), tensors(fast).values(), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_tree_with_one_child_everywhere_walks_the_window_of_mix_grpo():
+    # 4.4.4 of the method notes; sharing noise between siblings changes nothing where there are none
+    levels = {1: 0.7, 2: 0.7}
+    mix = roll_out(window(1, 2), range(2))
+    for scale in (None, 4.0):
+        lone = roll_out(tree({1: 1, 2: 1}, noise=levels, roots=4, sibling_scale=scale), range(2))
+        for (name, mine), theirs in zip(tensors(lone).items(), tensors(mix).values(), strict=True):
+            torch.testing.assert_close(mine, theirs, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_siblings_share_their_prefix_and_differ_after_it():
+    rollout = roll_out(window(same_noise=True), range(2))
+    first = rollout.edge_step == 2
+    assert int(first.sum()) == 8
+    assert rollout.edge_row[first].tolist() == [0, 0, 0, 0, 5, 5, 5, 5]  # one row per group, then four of their own
+    assert len(rollout.edge_x_next[first].flatten(1).unique(dim=0)) == 8
+    assert len(rollout.leaves.flatten(1).unique(dim=0)) == 8
+
+
+def test_independent_start_noise_gives_each_sample_its_own_prefix():
+    rollout = roll_out(window(), range(2))
+    first = rollout.edge_step == 2
+    assert len(rollout.row_x[rollout.edge_row[first]].flatten(1).unique(dim=0)) == 8
+
+
+# --- siblings that share noise ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_the_noise_of_siblings_has_variance_one_and_the_covariance_of_its_scale(scale):
+    # 4.4.2 of the method notes: covariance 1 / (1 + s^2). 40 000 elements: a standard error is 1 / 200 at most, sqrt(2) / 200 of a variance
+    plan = tree({1: 3, 2: 2}, sibling_scale=scale)
+    rollout = roll_out(plan, [0], shape=(40_000,), dtype=torch.float64)
+    likelihood = TransitionLikelihood("flow_sde")
+    transition = likelihood(Counted(), select_rows(rollout, torch.arange(4), torch.tensor([10]))).transition
+    z = (rollout.edge_x_next - transition.mean) / transition.std[:, None]
+    covariance = z @ z.T / 40_000
+    shared = 1 / (1 + scale**2)
+    expected = torch.eye(9, dtype=torch.float64)
+    for family in ((0, 1, 2), (3, 4), (5, 6), (7, 8)):
+        for i, j in itertools.permutations(family, 2):
+            expected[i, j] = shared
+    assert (covariance - expected).abs().max() < 5 * math.sqrt(2) / 200
+    assert z.mean(1).abs().max() < 5 / 200
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, 4.0])
+def test_every_leaf_has_the_distribution_of_a_path_walked_alone(scale):
+    # v = c x: the mean of a step is A x, so a leaf's variance follows step by step: w <- A^2 w + std^2
+    def velocity(x, sigma, prompt_row):
+        return 0.3 * x
+
+    rollout = roll_out(tree({1: 2, 3: 2}, sibling_scale=scale), [0], velocity, shape=(40_000,), dtype=torch.float64)
+    variance = 1.0
+    for k in range(6):
+        sigma, after = SIX[k], SIX[k + 1]
+        s = 0.7 * math.sqrt(sigma / (1 - sigma)) if k in (1, 3) else 0.0
+        length = sigma - after
+        gain = 1 - s**2 * length / (2 * sigma) - length * 0.3 * (1 + s**2 * (1 - sigma) / (2 * sigma))
+        variance = gain**2 * variance + s**2 * length
+    found = rollout.leaves.var(1, correction=0)
+    assert ((found / variance - 1).abs() < 5 * math.sqrt(2) / 200).all()
+    assert (rollout.leaves.mean(1).abs() < 5 * math.sqrt(variance) / 200).all()
+
+
+# --- groups, chunks, replay ---------------------------------------------------------------------------------------------------------------------
 
 
 @each_plan
-def test_a_groups_samples_do_not_depend_on_its_neighbours(kind, same_noise):
-    plan = plan_of(kind, same_noise)
+def test_a_groups_samples_do_not_depend_on_its_neighbours(plan):
     alone = roll_out(plan, [5])
     among = roll_out(plan, [2, 9, 5, 1])
-    torch.testing.assert_close(among.leaves[8:12], alone.leaves, **EXACT)
+    size = len(plan.leaves)
+    torch.testing.assert_close(among.leaves[2 * size : 3 * size], alone.leaves, **EXACT)
     torch.testing.assert_close(among.edge_old_log_prob.view(4, -1)[2], alone.edge_old_log_prob, **EXACT)
 
 
-@each_plan
-def test_concatenated_chunks_equal_all_groups_together(kind, same_noise):
-    plan = plan_of(kind, same_noise)
-    together = roll_out(plan, range(5))
-    assert_same(concatenate([roll_out(plan, [0, 1]), roll_out(plan, [2]), roll_out(plan, [3, 4])]), together, **EXACT)
-    assert concatenate([together]) is together
-
-
-def test_nothing_cannot_be_concatenated():
-    with pytest.raises(ValueError, match="nothing to concatenate"):
-        concatenate([])
+def log_prob_error(plan, reduction):
+    rollout = roll_out(plan, range(3), reduction=reduction)
+    output = TransitionLikelihood(plan.kernel, reduction)(Counted(), select_rows(rollout, torch.arange(len(rollout.row_sigma)), torch.tensor([10, 11, 12])))
+    assert rollout.edge_old_log_prob.isfinite().all()
+    assert rollout.edge_old_log_prob.std() > 0
+    return (output.log_prob - rollout.edge_old_log_prob).abs().max()
 
 
 @each_plan
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_replayed_log_probabilities_equal_the_rollouts_in_float32(kind, same_noise, reduction):
-    rollout = roll_out(plan_of(kind, same_noise, sigmas=diffusers_grid(6, 3.0)), range(3), reduction=reduction)
-    likelihood = TransitionLikelihood("flow_sde", reduction)
-    output = likelihood(Counted(), select_rows(rollout, torch.arange(len(rollout.row_sigma)), torch.tensor([10, 11, 12])))
-    assert (output.log_prob - rollout.edge_old_log_prob).abs().max() < 1e-6
-    assert rollout.edge_old_log_prob.isfinite().all()
+def test_replayed_log_probabilities_equal_the_rollouts_in_float32(plan, reduction):
+    assert log_prob_error(plan, reduction) < 1e-6
 
 
-def test_latents_keep_the_dtype_that_was_asked_for():
-    single, double = (roll_out(plan_of("chain", False), [0], dtype=dtype) for dtype in (torch.float32, torch.float64))
-    assert (single.leaves.dtype, double.leaves.dtype) == (torch.float32, torch.float64)
-    torch.testing.assert_close(double.leaves.float(), single.leaves, rtol=1e-4, atol=1e-5)  # the same noise
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "ode"])
+@pytest.mark.parametrize("grid", [shifted_grid, diffusers_grid])
+def test_replayed_log_probabilities_equal_the_rollouts_for_every_kernel_and_noise_of_each_layer(kernel, grid):
+    # 4.4.1 of the method notes: the noise level of each layer is stored with its decisions
+    sigmas = grid(6, 3.0)
+    growing = tree({0: 2, 1: 2, 3: 2}, noise={0: 0.3, 1: 0.5, 3: 0.9}, sigmas=sigmas, kernel=kernel, sibling_scale=4.0)
+    assert log_prob_error(growing, "mean") < 1e-6
+    assert log_prob_error(chain(noise_level=[0.9, 0.7, 0.5, 0.3, 0.2], sigmas=sigmas, kernel=kernel), "mean") < 1e-6
+    assert log_prob_error(granular((0, 1), (1, 2), noise_level=[0.4, 0.8], sigmas=sigmas, kernel=kernel), "mean") < 1e-6
 
 
-def test_a_rollout_carries_no_gradient():
-    weight = torch.ones(1, requires_grad=True)
-    rollout = roll_out(plan_of("window", False), [0], lambda x, s, p: weight * x)
-    assert not any(getattr(rollout, f.name).requires_grad for f in dataclasses.fields(rollout) if isinstance(getattr(rollout, f.name), torch.Tensor))
+def test_the_log_probability_of_a_path_is_the_sum_over_its_decisions():
+    # 4.4.1 of the method notes, against densities of the noise that was drawn: log N(mean + std z; mean, std) = log N(z; 0, 1) - log std
+    plan = tree({0: 2, 1: 2, 3: 2}, noise={0: 0.3, 1: 0.5, 3: 0.9})
+    rollout = roll_out(plan, [0], reduction="sum", dtype=torch.float64)
+    noise, elements = noise_of(plan, 0), math.prod(SHAPE)
+    path = torch.zeros(8, dtype=torch.float64).index_add_(0, rollout.leaf_edge[:, 1], rollout.edge_old_log_prob.double()[rollout.leaf_edge[:, 0]])
+    for j, leaf in enumerate(plan.leaves):
+        total = 0.0
+        for i in path_to(plan, leaf):
+            node = plan.nodes[i]
+            if node.trained:
+                sigma, after = plan.sigmas[plan.nodes[node.parent].step], plan.sigmas[node.step]
+                s = node.noise_level * math.sqrt(sigma / (1 - (plan.sigmas[1] if sigma == 1 else sigma)))
+                total -= float(noise[i].square().sum()) / 2 + elements * (math.log(s * math.sqrt(sigma - after)) + 0.5 * math.log(2 * math.pi))
+        assert float(path[j]) == pytest.approx(total, rel=1e-5)
+
+
+# --- the deterministic sampler ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_ode_sampler_is_euler_on_the_grid():
     noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     row = torch.tensor([0, 1, 2])
     x = noise
-    for sigma, after in itertools.pairwise(SIGMAS):
+    for sigma, after in itertools.pairwise(SIX):
         x = x + (after - sigma) * Counted()(x, torch.full((3,), sigma), row)
-    torch.testing.assert_close(sample_ode(Counted(), noise, SIGMAS, row), x)
+    torch.testing.assert_close(sample_ode(Counted(), noise, SIX, row), x)
