@@ -285,7 +285,7 @@ def draw(runs: Mapping[str, Sequence[Run]], cost: str, label: str, path: Path) -
             band = [[values[point.iteration] for values in at] for point in means[name]]
             axes.fill_between(xs, [min(b) for b in band], [max(b) for b in band], color=color, alpha=0.1, linewidth=0)
             width = 2.4 if name == REFERENCE else 1.5
-            axes.plot(xs, ys, color=color, linewidth=width, linestyle="-" if number % 2 else "--", marker="o", markersize=2.5, label=name)
+            axes.plot(xs, ys, color=color, linewidth=width, linestyle="-" if number % 2 or name == REFERENCE else "--", marker="o", markersize=2.5, label=name)
         axes.set_xlim(left=0)
         axes.set_xlabel(label, color=muted)
         axes.set_ylabel("scene reward, eval prompts", color=muted)

@@ -155,6 +155,10 @@ def _credit(config: Config) -> Iterator[str]:
         yield "credit.normalize: leaves of a granular plan are compared within their step and granularity; use leaf"
     if credit.integrate == "sum" and plan != "granular":
         yield "credit.integrate: only a granular plan has several granularities to sum over; use mean"
+    if credit.integrate == "sum" and credit.backup != "mean":
+        yield f"credit.integrate: a sum over granularities and backup: {credit.backup} exclude each other; use one of them"
+    if advantage.aggregate == "advantages" and credit.normalize != "leaf":
+        yield f"advantage.aggregate: {credit.normalize} compares nodes by the weighted sum of the rewards; use aggregate: rewards"
     if advantage.aggregate == "advantages" and advantage.name == "prompt_history":
         yield "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards"
     if advantage.name == "prompt_history" and advantage.history_least > advantage.history_size:

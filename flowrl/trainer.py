@@ -111,7 +111,8 @@ class Trainer:
 
     def _check_memory(self) -> None:
         """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
-        plan, config = self.plan(1), self.config
+        config = self.config
+        plan = max((self.plan(1), self.plan(config.training.iterations)), key=lambda plan: len(plan.nodes))  # a window may grow
         groups = math.ceil(config.rollout.groups_per_iteration / self.accelerator.num_processes)
         kept = len(plan.leaves) + (2 if self.assigner.keep_velocity else 1) * len(plan.train_rows) + sum(node.trained for node in plan.nodes)
         needed = groups * kept * 4 * math.prod(self.policy.latent_shape)
@@ -188,7 +189,8 @@ class Trainer:
         chunk = max(1, config.training.rows_per_forward // max(len(wave) for wave in plan.waves))
         parts: list[Rollout] = []
         futures: list[Future[dict[str, Scores]]] = []
-        with ThreadPoolExecutor(1) as pool:
+        pool = ThreadPoolExecutor(1)
+        try:
             for start in range(0, len(prompts), chunk):
                 stop = min(start + chunk, len(prompts))
                 part = execute(
@@ -205,6 +207,8 @@ class Trainer:
                 shown = [prompts[start + g] for g in part.leaf_group.tolist()]
                 batch = SampleBatch(shown, images=self.policy.decode(part.leaves), group=part.leaf_group + start)
                 futures.append(pool.submit(self.rewards.score, batch))
+        finally:
+            pool.shutdown(wait=False)  # the caller waits for the futures
         return concatenate(parts), futures
 
     def assign(

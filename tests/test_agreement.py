@@ -110,6 +110,11 @@ def test_noise_that_a_kernel_cannot_make_is_refused(tmp_path, kernel):
             ["advantage={name: prompt_history, history_least: 32}"],
             "advantage.history_least: 32 rewards are never reached with history_size 16; use at most 16",
         ),
+        (["credit={integrate: sum, backup: level}"], "credit.integrate: a sum over granularities and backup: level exclude each other; use one of them"),
+        (
+            ["credit.normalize=sibling", "advantage={name: group_zscore, aggregate: advantages}"],
+            "advantage.aggregate: sibling compares nodes by the weighted sum of the rewards; use aggregate: rewards",
+        ),
         (["rollout.plan=window", "selection.width={}"], "selection.width: pruning needs a tree; use plan: tree, or leave it out"),
         (
             ["rollout.plan=window", "layer_tuning.weight=0.1"],

@@ -275,7 +275,7 @@ def test_rewards_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "expected"),
     [
         ("flowrl tr", "train"),
-        ("flowrl train c.yaml rollout.window.s", "rollout.window.size="),
+        ("flowrl train c.yaml rollout.window.si", "rollout.window.size="),
         ("flowrl methods flow_grpo_", "flow_grpo_fast"),
         ("flowrl eval run --reward scene_", "scene_strict"),
     ],
