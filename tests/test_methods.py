@@ -125,7 +125,7 @@ PUBLISHED = {
     "mix_grpo_flash": "rollout.num_steps 25, rollout.window.every 20, rollout.after_window.compression 0.4, optimizer.learning_rate 1e-5",
     "branch_grpo": "rollout.num_steps 20, rollout.group_size 16, rollout.tree.sibling_scale 4, objective.clip_low 1e-3, objective.updates_per_iteration 37",
     "tree_grpo": "rollout.num_steps 10, rollout.group_size 27, rollout.window.start_decay 0.5, optimizer.weight_decay 0.01, optimizer.learning_rate 1e-5",
-    "dynamic_treerpo": "rollout.window.size 4, rollout.group_size 16, rollout.tree.noise_growth 0.3, objective.dynamic_clip 0.5, layer_tuning.weight 0.1",
+    "dynamic_treerpo": "rollout.window.size 4, rollout.group_size 16, rollout.tree.noise_growth 0.3, objective.dynamic_clip 0.5, layer_tuning.weight 0.01",
     "g2rpo": "rollout.num_steps 16, rollout.group_size 12, rollout.window.size 8, objective.updates_per_iteration 1, optimizer.learning_rate 2e-6",
     "grpo_guard": "rollout.num_steps 10, rollout.group_size 24, rollout.guidance_scale 4.5, objective.clip_high 2e-6, optimizer.learning_rate 1e-4",
     "b2_diffurl": "rollout.num_steps 20, rollout.group_size 5, rollout.window.backward_first 14, selection.contrast.low -0.5, objective.clip_low 0.1",
