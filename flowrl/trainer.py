@@ -121,7 +121,7 @@ class Trainer:
         if needed > free:
             raise UserError(
                 f"rollout: {len(plan.leaves):,} samples a prompt and their {kept - len(plan.leaves):,} training states, for {groups} prompts, take "
-                f"{needed / 2**30:,.1f} GiB of latents, and {free / 2**30:,.1f} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
+                f"{needed / 2**30:.3g} GiB of latents, and {free / 2**30:.3g} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
             )
 
     # --- one iteration ---

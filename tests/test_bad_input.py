@@ -13,6 +13,7 @@ from toys import PROMPTS, Launcher
 from flowrl.cli import main
 from flowrl.config import Config
 from flowrl.run import train
+from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -49,6 +50,40 @@ def fail(config: Path, capsys: Capture, *overrides: str) -> str:
 )
 def test_a_mistake_in_the_config(config_file: Path, capsys: Capture, override: str, message: str) -> None:
     assert fail(config_file, capsys, override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.window={size: 3, high: 4}", "rollout.window.high: 4 is too large for 4 steps, of which the last is never stochastic; use at most 3"),
+        ("rollout.window.size=0", "rollout.window.size: 0 is out of range; allowed: at least 1"),
+        ("rollout={plan: tree, group_size: 6}", "rollout.group_size: a tree with these branching factors has 4 leaves, and 6 is not a multiple of them"),
+        ("rollout={plan: granular, same_noise: true, granularities: [2]}", "rollout.granularities: a stride of 2 does not fit into the 0 steps"),
+        ("rollout={kernel: cps, noise_level: 1.5}", "rollout.noise_level: 1.5 is more noise than a cps step can hold; use at most 1"),
+        ("method=flow_grpo+mix_grpo", "method: mix_grpo is a whole method and cannot be added to flow_grpo; these can: grpo_guard"),
+    ],
+)
+def test_a_rollout_that_cannot_be_planned(config_file: Path, capsys: Capture, override: str, message: str) -> None:
+    assert fail(config_file, capsys, override).startswith(message)
+
+
+def test_a_kernel_that_does_not_fit_the_network(config_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowrl.policies.sd3.Sd3Policy.prediction", "epsilon")
+    assert fail(config_file, capsys) == ("rollout.kernel: kernel flow_sde fits networks that predict a flow velocity; this one predicts epsilon: use ddim")
+
+
+def test_a_tree_that_is_wider_than_the_memory(config_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 40_000})())
+    tree = ["rollout={plan: tree, num_steps: 6, window: {size: 4, high: 5}, group_size: 16}", "advantage.name=group_zscore"]
+    line = fail(config_file, capsys, *tree)
+    assert line.startswith("rollout: 16 samples a prompt and their 45 training states, for 3 prompts, take 4.36e-05 GiB of latents")
+
+
+def test_noise_that_destroys_the_picture_is_warned_of(configure: Callable[..., Config], caplog: pytest.LogCaptureFixture) -> None:
+    Trainer(configure("rollout.noise_level=0.9"))
+    assert caplog.text == ""
+    Trainer(configure("rollout.noise_level=1.4"))
+    assert "rollout.noise_level: " in caplog.text and "1.4" in caplog.text
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------------------------------------
