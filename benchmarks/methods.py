@@ -1,6 +1,6 @@
 """Which method learns most from the same number of network evaluations? Every method on the embedded model, with the same budget, prompts and seeds.
 
-    python benchmarks/methods.py --seeds 3 --nfe 300000                       train everything that is missing, one after another, and write the table
+    python benchmarks/methods.py --seeds 3 --nfe 100000                       train everything that is missing, one after another, and write the table
     python benchmarks/methods.py --only mix_grpo:1                            train one and stop, so that several processes share the work
     python benchmarks/methods.py --table                                      write benchmarks/methods.md and two plots from the runs present
     python benchmarks/methods.py --guard                                      also train Flow-GRPO with and without GRPO-Guard at a strong learning rate
@@ -47,7 +47,7 @@ CONFIGS = {
 }
 GUARD = {"guard_off": "flow_grpo", "guard_on": "flow_grpo+grpo_guard"}
 REFERENCE = "flow_grpo"
-EVALUATIONS = 8
+EVALUATIONS = 5
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles of Student's t with 1, 2, ... degrees of freedom
 _COLORS = ("#1769aa", "#d9730d", "#0f8a6a", "#8a4fc7", "#c2185b", "#00838f", "#7a6a00", "#5d4037", "#4c6ef5", "#e03131", "#2f9e44", "#868e96")
 
@@ -344,7 +344,7 @@ def write_page(runs: Path, out: Path, images: Path) -> None:
 def main(
     methods: Annotated[str | None, typer.Option(help="comma-separated; default: all")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 .. seeds - 1")] = 3,
-    nfe: Annotated[int, typer.Option(min=1, help="budget of a run in network rows, forward and backward")] = 300_000,
+    nfe: Annotated[int, typer.Option(min=1, help="budget of a run in network rows, forward and backward")] = 100_000,
     only: Annotated[str | None, typer.Option(metavar="METHOD:SEED", help="train this one and stop")] = None,
     runs: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs/methods"),
     table: Annotated[bool, typer.Option("--table", help="train nothing, write the page from the runs present")] = False,
