@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from flowrl.config import Config, RolloutConfig
 
-__all__ = ["BOUNDED_KERNELS", "disagreements"]
+__all__ = ["BOUNDED_KERNELS", "disagreements", "settings_without_effect"]
 
 BOUNDED_KERNELS = ("cps", "ddim", "sde_dpm++")
 """Kernels whose noise level is a share of the noise that the next latent holds; the others can go above 1, and the trainer warns."""
@@ -127,6 +129,8 @@ def _selection(config: Config) -> Iterator[str]:
     rollout, selection = config.rollout, config.selection
     if selection.fraction < 1 and rollout.plan not in ("chain", "window"):
         yield f"selection.fraction: a subset of each sample's steps fits plan: chain or window; the samples of a {rollout.plan} plan share their steps"
+    if selection.width is not None and rollout.plan == "tree" and max(rollout.tree.branching) == 1:
+        yield "selection.width: a tree with branching 1 has no branches to prune; raise rollout.tree.branching, or leave it out"
     for name in ("depth", "width"):
         if getattr(selection, name) is not None and rollout.plan != "tree":
             yield f"selection.{name}: pruning needs a tree; use plan: tree, or leave it out"
@@ -161,6 +165,8 @@ def _credit(config: Config) -> Iterator[str]:
         yield f"advantage.aggregate: {credit.normalize} compares nodes by the weighted sum of the rewards; use aggregate: rewards"
     if advantage.aggregate == "advantages" and advantage.name == "prompt_history":
         yield "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards"
+    if credit.backup != "mean" and config.rollout.kernel == "cps":
+        yield f"credit.backup: {credit.backup} weighs children by their probability, which the cps kernel does not give; use mean or another kernel"
     if advantage.name == "prompt_history" and advantage.history_least > advantage.history_size:
         yield (
             f"advantage.history_least: {advantage.history_least} rewards are never reached with history_size {advantage.history_size}; "
@@ -189,3 +195,40 @@ def _training(config: Config) -> Iterator[str]:
             yield f"{where}: {name} is listed twice; keep one and set its weight"
     if all(reward.weight == 0 for reward in config.rewards):
         yield "rewards: every weight is 0, nothing would be learned; give at least one reward another weight"
+
+
+def settings_without_effect(config: Config) -> Iterator[str]:
+    """Keys that differ from their default and change nothing in this run, for a warning; a method's own defaults may be among them."""
+    rollout, window, credit = config.rollout, config.rollout.window, config.credit
+    used_windows = {
+        "random": ("start_decay",),
+        "progressive": ("every", "stride"),
+        "decay": ("every", "every_least", "stride"),
+        "exp_decay": ("every", "stride", "exp_rate", "exp_after"),
+        "frozen": (),
+        "backward": ("backward_first", "backward_stages"),
+    }
+    always = ("schedule",) if window.schedule == "backward" else ("schedule", "low", "high", "size")
+    keep = (*always, *used_windows[window.schedule]) if _has_window(rollout) else ()
+    yield from _changed("rollout.window", window, except_for=keep, why="the window's schedule" if _has_window(rollout) else f"plan {rollout.plan}")
+    if rollout.plan != "tree":
+        yield from _changed("rollout.tree", rollout.tree, why=f"plan {rollout.plan}")
+    unused = {"train_fraction": rollout.plan != "chain", "granularities": rollout.plan != "granular"}
+    yield from _changed("rollout", rollout, only=[key for key, idle in unused.items() if idle], why=f"plan {rollout.plan}")
+    if credit.backup == "mean":
+        yield from _changed("credit", credit, only=["temperature"], why="backup mean")
+    advantage = config.advantage
+    if advantage.name == "prompt_history":
+        yield from _changed("advantage", advantage, only=["ddof"], why="prompt_history, which has ddof 0")
+    else:
+        yield from _changed("advantage", advantage, only=["history_size", "history_least"], why=f"advantage {advantage.name}")
+    if config.objective.name == "reinforce":
+        yield from _changed("objective", config.objective, only=["dynamic_clip"], why="reinforce, which has no clip")
+    if config.layer_tuning.weight == 0:
+        yield from _changed("layer_tuning", config.layer_tuning, why="weight 0")
+
+
+def _changed(where: str, section: BaseModel, *, why: str, only: Collection[str] | None = None, except_for: Collection[str] = ()) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        if name not in except_for and (only is None or name in only) and getattr(section, name) != field.default:
+            yield f"{where}.{name} has no effect with {why}"

@@ -46,7 +46,7 @@ class Assignment:
         rollout: with the selected decisions only.
         advantages, clip_low, clip_high: [E] float32.
         tuning: None without layer tuning.
-        placeholder: nothing was selected here; the decisions only keep this process in step with the others and have no weight.
+        placeholder: nothing was selected here; the one decision that is left only keeps this process in step with the others and has no weight.
         rows: the least training rows of these decisions, counted from the plan.
         sums: numbers to be added over processes: abs_advantage, clamped, all (decisions before the selection), kept, tuned (rows with a weight), rows.
     """
@@ -86,7 +86,7 @@ class Assigner:
 
         Args:
             scores: of this process's leaves; ``everywhere``: of all processes, in any fixed order.
-            prompts: the prompt number of each leaf, here and everywhere.
+            prompts: the prompt of each leaf as a number, here and everywhere; equal texts have equal numbers in every run.
             numbers: this process's group numbers within the iteration; they seed random selections.
         """
         config, total = self.config, scores["total"]
@@ -105,7 +105,7 @@ class Assigner:
         placeholder = not bool(keep.any())  # e.g. no branch with a contrast: every process must still make the updates
         kept = float(keep.sum())
         if placeholder:
-            keep = group == 0
+            keep[0] = True
         chosen = select_edges(rollout, keep)
         tuning = self._tuning(rollout, rollout.edge_row[keep].unique(), rewards, valid) if config.layer_tuning.weight > 0 else None
         sums = {
@@ -116,7 +116,7 @@ class Assigner:
             "tuned": 0.0 if tuning is None else float((tuning.weight > 0).sum()),
             "rows": float(len(chosen.row_sigma)),
         }
-        advantages, rows = clamped[keep].float(), least_rows(plan, keep, len(numbers))
+        advantages, rows = clamped[keep].float(), 0 if placeholder else least_rows(plan, keep, len(numbers))
         return Assignment(chosen, advantages, low[keep].float(), high[keep].float(), tuning, rows, placeholder, sums)
 
     def _leaf_advantages(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], prompts: tuple[Tensor, Tensor]) -> Tensor:
@@ -142,13 +142,14 @@ class Assigner:
         return out
 
     def _backup(self, rollout: Rollout, values: Tensor, valid: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
+        elements = rollout.row_x[0].numel() if self.config.rollout.log_prob_reduction == "sum" else 1
         return backup(
             kind,
             values,
             valid,
             leaf_edge=rollout.leaf_edge,
             edge_parent=rollout.edge_parent,
-            log_prob=rollout.edge_old_log_prob.cpu(),
+            log_prob=rollout.edge_old_log_prob.cpu() / elements,
             temperature=self.config.credit.temperature,
         )
 

@@ -190,7 +190,10 @@ def draw_charts(run: Run) -> Iterator[dict[str, Any]]:
         yield {"title": "Evaluation", "caption": "", "svg": None, "note": "No evaluation has been recorded."}
     yield chart("Ratio: mean − 1 per step", "new over old likelihood; step 0 is the noisiest", _per_step(run, "mean", 1.0), "ratio/mean")
     yield chart("Ratio: spread per step", "standard deviation over the decisions of a step", _per_step(run, "std", 0.0), "ratio/std")
-    yield chart("Ratio: mean log per step", "a ratio that drifts below 1 leaves good samples unclipped", _per_step(run, "log_mean", 0.0), "ratio/mean")
+    caption = "of the plain ratio; one that drifts below 1 leaves good samples unclipped"
+    yield chart("Log-ratio: mean per step", caption, _per_step(run, "log_mean", 0.0), "ratio/mean")
+    if any(key.endswith("/norm_mean") for row in run.metrics for key in row):
+        yield chart("Normalised log-ratio: mean per step", "GRPO-Guard's, which the objective clips", _per_step(run, "norm_mean", 0.0), "ratio/mean")
     for suffix, side in (("clip_low", "low"), ("clip_high", "high")):
         yield chart(f"Clipped {side} per step", "share of the decisions of a step", _per_step(run, suffix, 0.0), f"clip/{side}")
     yield chart("Clip fraction", f"share of decisions with a ratio {clip_range}", _lines(run, run.metrics, both), "clip/low", "clip/high")

@@ -17,26 +17,36 @@ class Meters:
 
     Args:
         steps: the distinct step numbers of the trained decisions, the same on every process.
+        kl, tuning, normalised: whether there is a KL, a supervised term, a ratio other than the plain one.
     """
 
-    def __init__(self, steps: Sequence[int]) -> None:
+    def __init__(self, steps: Sequence[int], *, kl: bool = False, tuning: bool = False, normalised: bool = False) -> None:
         self.steps = list(steps)
-        self._chunks: dict[str, list[Tensor]] = {name: [] for name in ("ratio", "log_ratio", "clipped_low", "clipped_high", "loss", "kl")}
+        names = ["log_ratio", "clipped_low", "clipped_high", "loss"] + ["kl"] * kl + ["normalised"] * normalised
+        self._chunks: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._has_tuning = tuning
         self._steps: list[Tensor] = []
         self._first: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
         self._tuning: list[Tensor] = []
 
-    def add(self, metrics: Mapping[str, Tensor], loss: Tensor, kl: Tensor | None, step: Tensor, *, first: bool) -> None:
-        """One micro-batch: the objective's per-decision metrics [E, 1], loss [E], KL [E] and step numbers [E]; ``first``: of the first update."""
-        for name in ("ratio", "log_ratio", "clipped_low", "clipped_high"):
-            self._chunks[name].append(metrics[name][:, 0])
-        self._chunks["loss"].append(loss)
-        if kl is not None:
-            self._chunks["kl"].append(kl.detach())
+    def add(self, metrics: Mapping[str, Tensor], loss: Tensor, kl: Tensor | None, step: Tensor, *, first: bool, plain: Tensor | None = None) -> None:
+        """One micro-batch: the objective's per-decision metrics [E, 1], loss [E], KL [E] and step numbers [E].
+
+        Args:
+            first: of the first update.
+            plain: [E], the plain log-ratio where the objective was given another one; its own is then kept as ``normalised``.
+        """
+        own = metrics["log_ratio"][:, 0]
+        columns = {"log_ratio": own if plain is None else plain, "loss": loss, "kl": None if kl is None else kl.detach(), "normalised": own}
+        columns |= {name: metrics[name][:, 0] for name in ("clipped_low", "clipped_high")}
+        for name, chunks in self._chunks.items():
+            column = columns[name]
+            assert column is not None
+            chunks.append(column)
         self._steps.append(step)
         if first:
-            self._first.append(metrics["log_ratio"].abs().max())
+            self._first.append(torch.stack([own.abs().max(), columns["log_ratio"].abs().max()]).max())  # type: ignore[union-attr]
 
     def add_tuning(self, loss: Tensor, objective: Tensor, tuning: Tensor, velocity: Tensor) -> None:
         """One micro-batch of LayerTuning-RL: its loss [R] per row, and both scalar losses, whose gradient norms at the velocity [R, L...] are compared.
@@ -53,60 +63,56 @@ class Meters:
 
     def result(self, accelerator: Accelerator) -> dict[str, Any]:
         """The iteration's numbers over all processes, under the names of metrics.jsonl."""
-        columns = {name: torch.cat(chunks).double() for name, chunks in self._chunks.items() if chunks}
-        ratio = columns["ratio"]
-        place = torch.searchsorted(torch.tensor(self.steps), torch.cat(self._steps)).to(ratio.device)
+        device, empty = accelerator.device, torch.zeros(0, dtype=torch.float64)
+        columns = {name: torch.cat([empty.to(device), *(chunk.double() for chunk in chunks)]) for name, chunks in self._chunks.items()}
+        place = torch.searchsorted(torch.tensor(self.steps), torch.cat([torch.zeros(0, dtype=torch.int64), *self._steps])).to(device)
 
         def per_step(values: Tensor) -> Tensor:
-            return torch.zeros(len(self.steps), dtype=torch.float64, device=ratio.device).index_add_(0, place, values)
+            return torch.zeros(len(self.steps), dtype=torch.float64, device=device).index_add_(0, place, values)
 
-        names = list(columns)
-        of_step = {
-            "ratio": ratio - 1,
-            "ratio_square": (ratio - 1).square(),
-            "log_ratio": columns["log_ratio"],
-            "log_square": columns["log_ratio"].square(),
-            "low": columns["clipped_low"],
-            "high": columns["clipped_high"],
-        }
-        sums = [columns[name].sum() for name in names] + [(ratio - 1).square().sum(), torch.tensor(float(len(ratio)), device=ratio.device)]
-        packed = torch.cat([torch.stack([s.double() for s in sums]), per_step(torch.ones_like(ratio)), *(per_step(v) for v in of_step.values())])
-        tuning = torch.stack(self._tuning).sum(0) if self._tuning else None
-        first = torch.stack(self._first).max()
+        off = columns["log_ratio"].exp() - 1
+        columns |= {"off": off, "off_square": off.square(), "log_square": columns["log_ratio"].square(), "count": torch.ones_like(off)}
+        if "normalised" in columns:
+            columns["normalised_square"] = columns["normalised"].square()
+        packed = torch.cat([part for values in columns.values() for part in (values.sum()[None], per_step(values))])
+        tuning = torch.stack([torch.zeros(4, dtype=torch.float64, device=device), *self._tuning]).sum(0)
+        first = torch.stack([torch.zeros((), device=device), *self._first]).max()
+        sums = torch.cat([tuning, packed])
         if accelerator.num_processes > 1:
-            packed = accelerator.reduce(packed, "sum")
-            tuning = accelerator.reduce(tuning, "sum") if tuning is not None else None
+            sums = accelerator.reduce(sums, "sum")
             first = accelerator.gather(first[None]).max()
-        numbers = packed.tolist()
-        count = numbers[len(names) + 1]
-        mean = {name: numbers[i] / count for i, name in enumerate(names)}
-        k, base = len(self.steps), len(names) + 2
+        table = dict(zip(columns, sums[4:].view(len(columns), -1).tolist(), strict=True))  # name -> [over all steps, then each step]
+        of_all = {name: values[0] for name, values in table.items()}
+        count = of_all["count"]
+        mean = {name: value / count if count else 0.0 for name, value in of_all.items()}
         out: dict[str, Any] = {
-            "ratio/mean": mean["ratio"],
-            "ratio/std": _std(numbers[len(names)], (mean["ratio"] - 1) * count, count),
+            "ratio/mean": 1 + mean["off"],
+            "ratio/std": _std(of_all["off_square"], of_all["off"], count),
             "ratio/max_abs_log_first": float(first),
         }
-        for j, step in enumerate(self.steps):
-            n, *totals = numbers[base + j :: k][: 1 + len(of_step)]
+        for j, step in enumerate(self.steps, start=1):
+            at = {name: values[j] for name, values in table.items()}
+            n = at["count"]
             if n == 0:  # the selection left no decision of this step
                 continue
-            off, square, log, log_square, low, high = totals
-            out[f"ratio/step_{step}/mean"] = 1 + off / n
-            out[f"ratio/step_{step}/std"] = _std(square, off, n)
-            out[f"ratio/step_{step}/log_mean"] = log / n
-            out[f"ratio/step_{step}/log_std"] = _std(log_square, log, n)
-            out[f"ratio/step_{step}/clip_low"], out[f"ratio/step_{step}/clip_high"] = low / n, high / n
+            key = f"ratio/step_{step}"
+            out |= {f"{key}/mean": 1 + at["off"] / n, f"{key}/std": _std(at["off_square"], at["off"], n)}
+            out |= {f"{key}/log_mean": at["log_ratio"] / n, f"{key}/log_std": _std(at["log_square"], at["log_ratio"], n)}
+            if "normalised" in at:
+                out |= {f"{key}/norm_mean": at["normalised"] / n, f"{key}/norm_std": _std(at["normalised_square"], at["normalised"], n)}
+            out |= {f"{key}/clip_low": at["clipped_low"] / n, f"{key}/clip_high": at["clipped_high"] / n}
         out["clip/low"], out["clip/high"], out["loss"] = mean["clipped_low"], mean["clipped_high"], mean["loss"]
         if "kl" in mean:
             out["kl/mean"] = mean["kl"]
-        if tuning is not None:
-            loss, rows, objective, tuned = tuning.tolist()
-            out["tuning/loss"] = loss / rows
+        if self._has_tuning:
+            loss, rows, objective, tuned = sums[:4].tolist()
+            out["tuning/loss"] = loss / rows if rows else 0.0
             norms = objective**0.5 + tuned**0.5
             out["tuning/grad_share"] = tuned**0.5 / norms if norms else 0.0
-        out["grad_norm"] = float(torch.stack(self._grad_norms).mean())
+        out["updates"] = len(self._grad_norms)
+        out["grad_norm"] = float(torch.stack(self._grad_norms).mean()) if self._grad_norms else 0.0
         return out
 
 
 def _std(square_sum: float, total: float, count: float) -> float:
-    return float(max(0.0, square_sum / count - (total / count) ** 2) ** 0.5)
+    return float(max(0.0, square_sum / count - (total / count) ** 2) ** 0.5) if count else 0.0

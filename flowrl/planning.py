@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flowrl.config import RolloutConfig
+from flowrl.config import Config, RolloutConfig
+from flowrl.core.selection import depth_window
 from flowrl.seeds import derive_seed
-from samplers.nfe import Rows, granular_rows, path_rows, tree_rows
+from samplers.nfe import Rows, granular_rows, path_rows, tree_rows, tree_widths
 from samplers.plans import Plan, chain_plan, compress_after, granular_plan, tree_plan, window_plan
 
-__all__ = ["build_plan", "minimum_rows", "window_of"]
+__all__ = ["build_plan", "kept_latents", "minimum_rows", "trained_rows", "window_of"]
 
 
 def window_of(config: RolloutConfig, iteration: int, seed: int) -> tuple[int, int]:
@@ -153,6 +154,46 @@ def minimum_rows(config: RolloutConfig, *, iteration: int, seed: int) -> Rows:
     if config.plan == "granular":
         return granular_rows(config.num_steps, config.group_size, steps=range(start, start + size), granularities=config.granularities)
     return path_rows(_compressed(config, start + size), config.group_size, first=start, count=size, same_noise=config.same_noise)
+
+
+def trained_rows(config: Config, iteration: int) -> int | None:
+    """The least rows of a group in one training pass over the selected decisions; None where draws or rewards decide how many these are."""
+    rollout, selection = config.rollout, config.selection
+    seed = derive_seed(config.seed, iteration)
+    rows = minimum_rows(rollout, iteration=iteration, seed=seed)[1]
+    depth, width = selection.depth, selection.width
+    if selection.contrast is not None or (selection.fraction < 1 and rollout.same_noise) or (width is not None and width.mode == "extremes"):
+        return None
+    if selection.fraction < 1:
+        return rollout.group_size * max(1, int(rows // rollout.group_size * selection.fraction))
+    if depth is None and width is None:
+        return rows
+    roots, branching, levels = _tree(rollout, iteration, seed)
+    at = tree_widths(rollout.num_steps, roots=roots, branching=branching)
+    if width is not None:
+        last = max(k for k, children in branching.items() if children > 1)
+        kept = math.ceil(width.keep * branching[last] - 1e-9)
+        at = [count if k <= last else count * kept // branching[last] for k, count in enumerate(at)]
+    trained = set(levels)
+    if depth is not None:
+        first, end = depth_window(depth.first, depth.last, depth.slide_every, depth.stop, iteration)
+        trained -= {*range(first - 1, end)}
+    return sum(at[k] for k in trained)
+
+
+def kept_latents(config: Config, iteration: int) -> tuple[int, int, int]:
+    """Latents that a group's rollout keeps: (leaves, training rows, trained decisions)."""
+    rollout = config.rollout
+    seed = derive_seed(config.seed, iteration)
+    rows = minimum_rows(rollout, iteration=iteration, seed=seed)[1]
+    if rollout.plan == "tree":
+        roots, branching, levels = _tree(rollout, iteration, seed)
+        at = tree_widths(rollout.num_steps, roots=roots, branching=branching)
+        return rollout.group_size, rows, sum(at[k] * branching.get(k, 1) for k in levels)
+    if rollout.plan == "granular":
+        return rows * rollout.group_size * len(rollout.granularities), rows, rows * rollout.group_size
+    steps = rows // rollout.group_size + 1 if rollout.same_noise else rows // rollout.group_size
+    return rollout.group_size, rows, steps * rollout.group_size
 
 
 def _compressed(config: RolloutConfig, kept: int) -> int:

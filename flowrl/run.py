@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flowrl.agreement import settings_without_effect
 from flowrl.checkpoint import load_checkpoint, model_identity, save_checkpoint
 from flowrl.checks import ratio_is_off
 from flowrl.config import Config, dump_config
@@ -71,6 +72,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
         raise UserError(f"run directory {run_dir} exists already; go on with: flowrl train --resume {run_dir}, or choose another run_dir")
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process
+    if main:
+        for line in settings_without_effect(config):
+            _LOGGER.warning("%s", line)
     identity = model_identity(trainer.policy)
     start = 0
     fresh = True

@@ -32,7 +32,7 @@ from flowrl.data import GroupSampler, load_prompts
 from flowrl.evaluation import Evaluator, build_rewards, save_grid, sigmas_of
 from flowrl.likelihoods.transition import StepBatch, TransitionLikelihood, TransitionOutput, select_rows
 from flowrl.meters import Meters
-from flowrl.planning import build_plan, minimum_rows
+from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows
 from flowrl.policies.ema import Ema
 from flowrl.policies.sd3 import NetworkRows, Sd3Policy
 from flowrl.processes import make_accelerator
@@ -94,8 +94,10 @@ class Trainer:
         self.num_updates = 0
         self.images = 0
         self.rows_total = 0
+        self.idle_rows = 0  # of this process, see `step`
         self.elapsed = 0.0
         self._check_memory()
+        self._check_updates()
 
     def _check_kernel(self) -> None:
         """A kernel that does not fit the network's prediction is an error, noise that destroys the picture a warning."""
@@ -112,17 +114,28 @@ class Trainer:
     def _check_memory(self) -> None:
         """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
         config = self.config
-        plan = max((self.plan(1), self.plan(config.training.iterations)), key=lambda plan: len(plan.nodes))  # a window may grow
         groups = math.ceil(config.rollout.groups_per_iteration / self.accelerator.num_processes)
-        kept = len(plan.leaves) + (2 if self.assigner.keep_velocity else 1) * len(plan.train_rows) + sum(node.trained for node in plan.nodes)
+        leaves, rows, edges = max((kept_latents(config, iteration) for iteration in (1, config.training.iterations)), key=sum)  # a window may grow
+        kept = leaves + edges + rows * (2 if self.assigner.keep_velocity else 1)
         needed = groups * kept * 4 * math.prod(self.policy.latent_shape)
         device = self.policy.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > free:
             raise UserError(
-                f"rollout: {len(plan.leaves):,} samples a prompt and their {kept - len(plan.leaves):,} training states, for {groups} prompts, take "
+                f"rollout: {leaves:,} samples a prompt and their {kept - leaves:,} training states, for {groups} prompts, take "
                 f"{needed / 2**30:.3g} GiB of latents, and {free / 2**30:.3g} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
             )
+
+    def _check_updates(self) -> None:
+        """Iterations that could train nothing, or fewer rows than updates, are an error before the first of them."""
+        config, updates = self.config, self.config.objective.updates_per_iteration
+        for iteration in range(1, config.training.iterations + 1):
+            rows = trained_rows(config, iteration)
+            if rows == 0:
+                raise UserError(f"selection: in iteration {iteration} pruning leaves no decision to train; use a narrower selection.depth or another window")
+            if rows is not None and rows * config.rollout.groups_per_iteration < updates:
+                total = rows * config.rollout.groups_per_iteration
+                raise UserError(f"objective.updates_per_iteration: {updates} updates are more than the {total} training rows of an iteration; use fewer")
 
     # --- one iteration ---
 
@@ -134,7 +147,7 @@ class Trainer:
         """
         started = time.perf_counter()
         rows = self.policy.rows
-        before = NetworkRows(rows.forward, rows.backward)
+        before, idle_before = NetworkRows(rows.forward, rows.backward), self.idle_rows
         plan = self.plan(iteration)
         indices = self.sampler.groups(iteration - 1)
         mine = list(range(self.accelerator.process_index, len(indices), self.accelerator.num_processes))
@@ -154,7 +167,10 @@ class Trainer:
         values: dict[str, Any] = {"iteration": iteration, **metrics, **meters}
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["nfe/forward"], values["nfe/backward"] = used_forward, used_backward
-        values["nfe/used"], values["nfe/minimum"] = used_forward + used_backward, self.minimum_nfe(assignment, len(indices), iteration)
+        values["nfe/used"], values["nfe/minimum"] = (
+            used_forward + used_backward,
+            self.minimum_nfe(assignment, len(indices), iteration, self.idle_rows - idle_before, metrics["reward/invalid"] == 0),
+        )
         values["nfe/total"], values["images"] = self.rows_total, self.images
         seconds = {"rollout": sampled - started, "reward_wait": scored - sampled, "train": finished - scored, "total": finished - started}
         self.elapsed += seconds["total"]
@@ -166,20 +182,21 @@ class Trainer:
         seed = derive_seed(self.config.seed, iteration)
         return build_plan(self.config.rollout, self.sigmas, shift=self.shift, iteration=iteration, seed=seed)
 
-    def minimum_nfe(self, assignment: Assignment, num_groups: int, iteration: int) -> int:
+    def minimum_nfe(self, assignment: Assignment, num_groups: int, iteration: int, idle_rows: int, all_valid: bool) -> int:
         """Least forward and backward rows of an iteration, by the closed formulas of docs/nfe.md: c [F + K N] + r c N forward and K N backward.
 
-        Where only a selection of the decisions is trained, N is the number of distinct latents that these leave.
+        Where draws, rewards or their absence decide what is trained, N is the number of distinct latents that the selected decisions leave. ``idle_rows``
+        keep this process in step with others that have something to train.
         """
         config = self.config
-        forward, rows = minimum_rows(config.rollout, iteration=iteration, seed=derive_seed(config.seed, iteration))
-        rows *= num_groups
-        if config.selection != SelectionConfig():
-            rows = int(self._sum(assignment.rows))
+        forward, _ = minimum_rows(config.rollout, iteration=iteration, seed=derive_seed(config.seed, iteration))
+        rows, selected = trained_rows(config, iteration), int(self._sum(assignment.rows))
+        total = num_groups * rows if rows is not None and all_valid else selected
         guided = 2 if config.rollout.guidance_scale > 1 else 1
         reference = 1 if config.kl.weight > 0 else 0
         epochs = config.objective.inner_epochs
-        return guided * (num_groups * forward + (epochs + reference) * rows) + epochs * rows
+        extra = int(self._sum(idle_rows)) * (guided + 1) + int(self._sum(float(assignment.placeholder))) * guided * reference
+        return guided * (num_groups * forward + (epochs + reference) * total) + epochs * total + extra
 
     def roll_out(self, plan: Plan, prompts: list[Prompt], numbers: list[int], iteration: int) -> tuple[Rollout, list[Future[dict[str, Scores]]]]:
         """Sample this process's groups. While one chunk of groups is sampled, the rewards of the chunk before are computed in a thread."""
@@ -220,7 +237,7 @@ class Trainer:
             indices: prompt number of every group of the iteration; ``mine``: the groups of this process.
         """
         config, group = self.config.advantage, rollout.leaf_group
-        here = torch.tensor([indices[g] for g in mine])[group]
+        here = torch.tensor([derive_seed("prompt", self.prompts[indices[g]].text) % 2**62 for g in mine])[group]
         everywhere, there = scores, here
         if self.accelerator.num_processes > 1:
             gathered = gather_object([(scores, here)])
@@ -230,7 +247,8 @@ class Trainer:
         if not bool(valid.any()):
             raise UserError("no sample of the iteration could be scored; see the rewards' own messages")
         assignment = self.assigner(plan, rollout, scores, everywhere, prompts=(here, there), numbers=mine, iteration=iteration)
-        _, std, count = group_statistics(total.values.double(), group, total.valid, len(mine), config.ddof)
+        sets = rollout.leaf_set
+        _, std, count = group_statistics(total.values.double(), sets, total.valid, int(sets.max()) + 1, config.ddof)
         metrics: dict[str, Any] = {}
         for name, score in everywhere.items():
             values = score.values[score.valid].double()
@@ -253,7 +271,8 @@ class Trainer:
         rollout = assignment.rollout
         prompt_rows = self.policy.prompt_rows([p.text for p in prompts])
         reference = self.reference_velocity(rollout, prompt_rows)
-        meters = Meters(sorted({plan.nodes[node.parent].step for node in plan.nodes if node.trained}))
+        steps = sorted({plan.nodes[node.parent].step for node in plan.nodes if node.trained})
+        meters = Meters(steps, kl=reference is not None, tuning=assignment.tuning is not None, normalised=self.config.objective.ratio != "plain")
         first = True
         for epoch in range(config.objective.inner_epochs):
             parts = self.split(rollout, numbers, (iteration, epoch))
@@ -263,10 +282,11 @@ class Trainer:
         return meters.result(self.accelerator)
 
     def split(self, rollout: Rollout, numbers: list[int], key: tuple[int, int]) -> list[Tensor]:
-        """Training rows of each update. A group's rows are dealt out in an order that follows from the group's number, not from the process."""
+        """Training rows of each update. A group's rows are dealt out in an order that follows from the group's number, not from the process.
+
+        An update may have no rows here; it is made all the same if another process has some, see `step`.
+        """
         num_updates = self.config.objective.updates_per_iteration
-        if self.config.selection.contrast is not None:  # how many decisions it leaves is not known beforehand
-            num_updates = min(num_updates, -int(self._most(-len(rollout.row_sigma))))
         if num_updates == 1:
             return [torch.arange(len(rollout.row_sigma))]
         part = torch.empty(len(rollout.row_sigma), dtype=torch.int64)
@@ -276,12 +296,7 @@ class Trainer:
             order = torch.randperm(count, generator=generator(self.config.seed, "split", *key, number))
             part[start : start + count] = (order + number) % num_updates
             start += count
-        parts = [torch.nonzero(part == u).squeeze(1) for u in range(num_updates)]
-        if any(len(p) == 0 for p in parts):
-            if self.config.selection.contrast is not None:
-                return list(torch.arange(len(part)).chunk(num_updates))
-            raise UserError(f"objective.updates_per_iteration: {num_updates} updates are more than this process has rows to train on; use fewer")
-        return parts
+        return [torch.nonzero(part == u).squeeze(1) for u in range(num_updates)]
 
     def reference_velocity(self, rollout: Rollout, prompt_rows: Tensor) -> Tensor | None:
         """The reference's velocities [R, L...] on all training rows, once per iteration; None without KL."""
@@ -299,10 +314,17 @@ class Trainer:
         member[rows] = True
         chosen = member[rollout.edge_row]
         weight = torch.zeros(len(rollout.edge_row))
-        if not assignment.placeholder:
+        idle = assignment.placeholder or not len(rows)
+        if not idle:
             weight[chosen] = REDUCTIONS[config.objective.reduction](edge_group[chosen], len(prompt_rows))
+        total, total_rows = self._sum(float(weight.sum())), self._sum(0.0 if idle else float(len(rows)))
+        if total == 0:
+            return  # nothing to learn from on any process: the weights and the optimiser stay as they are
+        if idle:  # the other processes wait for this one in their backward pass: one row, without weight
+            rows = torch.zeros(1, dtype=torch.int64)
+            self.idle_rows += 1
         world = self.accelerator.num_processes
-        scale, row_scale = world / max(self._sum(float(weight.sum())), 1e-12), world / self._sum(float(len(rows)))
+        scale, row_scale = world / total, 0.0 if idle else world / total_rows
         velocity = self.policy.velocity(config.rollout.guidance_scale)
         chunks = rows.split(config.training.rows_per_backward)
         for number, chunk in enumerate(chunks):
@@ -336,10 +358,13 @@ class Trainer:
                     target, strength = assignment.tuning.target[chunk.to(device)], assignment.tuning.weight[chunk].to(device)
                     tuned = velocity_regression(out.velocity, target, strength)
                     tuning_loss = config.layer_tuning.weight * tuned.sum() * row_scale
-                    meters.add_tuning(tuned.detach(), objective_loss, tuning_loss, out.velocity)
+                    if not idle:
+                        meters.add_tuning(tuned.detach(), objective_loss, tuning_loss, out.velocity)
                     objective_loss = objective_loss + tuning_loss
                 self.accelerator.backward(objective_loss)
-            meters.add(objective.metrics, loss.detach(), kl, rollout.edge_step[batch.edge], first=first)
+            if not idle:
+                plain = None if config.objective.ratio == "plain" else out.log_prob.detach() - rollout.edge_old_log_prob[batch.edge.to(device)]
+                meters.add(objective.metrics, loss.detach(), kl, rollout.edge_step[batch.edge], first=first, plain=plain)
         self._apply_gradients(meters)
 
     def decisions(self, assignment: Assignment, batch: StepBatch, out: TransitionOutput, chunk: Tensor) -> Decisions:
@@ -382,12 +407,6 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return value
         return float(self.accelerator.reduce(torch.tensor(float(value), dtype=torch.float64, device=self.accelerator.device), "sum"))
-
-    def _most(self, value: float) -> float:
-        """The largest of a number over processes."""
-        if self.accelerator.num_processes == 1:
-            return value
-        return float(self.accelerator.gather(torch.tensor([float(value)], dtype=torch.float64, device=self.accelerator.device)).max())
 
     # --- evaluation, state ---
 

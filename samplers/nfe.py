@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Rows", "granular_rows", "path_rows", "tree_rows"]
+__all__ = ["Rows", "granular_rows", "path_rows", "tree_rows", "tree_widths"]
 
 Rows = tuple[int, int]
 """(rows of the rollout, rows of a training pass), both forward."""
@@ -27,9 +27,14 @@ def path_rows(num_steps: int, group_size: int, *, first: int, count: int, same_n
 
 
 def tree_rows(num_steps: int, *, roots: int, branching: Mapping[int, int], trained: Collection[int]) -> Rows:
-    """Trees: R prod_(i < k) b_i distinct latents at step k; their sum over all steps, and over the trained ones."""
-    at = [roots * math.prod(b for i, b in branching.items() if i < k) for k in range(num_steps)]
+    """Trees: the distinct latents of all steps, and of the trained ones."""
+    at = tree_widths(num_steps, roots=roots, branching=branching)
     return sum(at), sum(at[k] for k in trained)
+
+
+def tree_widths(num_steps: int, *, roots: int, branching: Mapping[int, int]) -> list[int]:
+    """Distinct latents of a tree at each step k: R prod_(i < k) b_i."""
+    return [roots * math.prod(b for i, b in branching.items() if i < k) for k in range(num_steps)]
 
 
 def granular_rows(num_steps: int, group_size: int, *, steps: Sequence[int], granularities: Sequence[int]) -> Rows:

@@ -1,9 +1,11 @@
 """Values of a run that do not go together: one line each, found when the config is loaded, before anything else."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from flowrl.agreement import BOUNDED_KERNELS
+from flowrl.agreement import BOUNDED_KERNELS, settings_without_effect
 from flowrl.config import load_config
 from flowrl.types import UserError
 from samplers.kernels import KERNELS, load_kernel
@@ -115,6 +117,14 @@ def test_noise_that_a_kernel_cannot_make_is_refused(tmp_path, kernel):
             ["credit.normalize=sibling", "advantage={name: group_zscore, aggregate: advantages}"],
             "advantage.aggregate: sibling compares nodes by the weighted sum of the rewards; use aggregate: rewards",
         ),
+        (
+            ["selection.width={}", "rollout.tree.branching=1"],
+            "selection.width: a tree with branching 1 has no branches to prune; raise rollout.tree.branching, or leave it out",
+        ),
+        (
+            ["credit.backup=level", "rollout.kernel=cps"],
+            "credit.backup: level weighs children by their probability, which the cps kernel does not give; use mean or another kernel",
+        ),
         (["rollout.plan=window", "selection.width={}"], "selection.width: pruning needs a tree; use plan: tree, or leave it out"),
         (
             ["rollout.plan=window", "layer_tuning.weight=0.1"],
@@ -136,3 +146,28 @@ def test_a_granular_plan_keeps_comparing_leaves(tmp_path):
 def test_pruning_that_leaves_decisions_is_accepted(tmp_path):
     config = load(tmp_path, "selection.depth={first: 3, last: 3, stop: 2}", "selection.width={}", rollout=TREE)
     assert config.selection.depth is not None and config.selection.width is not None
+
+
+def test_settings_that_change_nothing_are_named(tmp_path):
+    overrides = [
+        "rollout.tree.noise_growth=0.3",
+        "rollout.window.start_decay=0.5",
+        "rollout.window.schedule=frozen",
+        "credit.temperature=2",
+        "advantage.history_size=20",
+    ]
+    found = list(settings_without_effect(load(tmp_path, *overrides, rollout=WINDOW)))
+    assert found == [
+        "rollout.window.start_decay has no effect with the window's schedule",
+        "rollout.tree.noise_growth has no effect with plan window",
+        "credit.temperature has no effect with backup mean",
+        "advantage.history_size has no effect with advantage global_std",
+    ]
+    chain = load(tmp_path, "objective={name: reinforce, dynamic_clip: 0.5}", "rollout.plan=chain", rollout=WINDOW)
+    assert "objective.dynamic_clip has no effect with reinforce, which has no clip" in list(settings_without_effect(chain))
+    assert "rollout.window.size has no effect with plan chain" in list(settings_without_effect(chain))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_config_sets_nothing_without_an_effect(path):
+    assert list(settings_without_effect(load_config(path))) == []

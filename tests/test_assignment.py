@@ -11,7 +11,6 @@ from flowrl.assignment import Assigner
 from flowrl.config import Config
 from flowrl.planning import build_plan
 from flowrl.types import Scores, UserError
-from samplers.plans import Plan
 from samplers.schedules import shifted_grid
 
 NAN = float("nan")
@@ -357,11 +356,11 @@ def test_contrast_trains_the_best_and_the_worst_of_a_branch():
     assert (found.placeholder, found.rows, found.sums["kept"], found.sums["all"]) == (False, 6, 8, 24)
 
 
-def test_without_any_contrast_the_first_group_stands_in_without_weight():
+def test_without_any_contrast_one_decision_stands_in_without_weight():
     found = assign(contrast_config(), CONTRAST, [[2.0] * 4, [5.0] * 4], num_groups=2)
     assert found.placeholder
-    assert found.advantages.tolist() == [0] * 8
-    assert found.rollout.row_group.unique().tolist() == [0]
+    assert found.advantages.tolist() == [0]
+    assert (len(found.rollout.row_sigma), found.rollout.row_group.tolist(), found.rows) == (1, [0], 0)
     assert (found.sums["kept"], found.sums["clamped"], found.sums["abs_advantage"]) == (0, 0, 0)
 
 
@@ -464,4 +463,4 @@ def test_old_velocities_are_kept_where_they_are_needed():
     assert not Assigner(config_of()).keep_velocity
     assert Assigner(tuning_config()).keep_velocity
     assert Assigner(config_of(objective={"ratio": "ratio_norm"})).keep_velocity
-    assert isinstance(DEPTH_TWO, Plan)
+    assert not Assigner(tuning_config("to_best_x0")).keep_velocity

@@ -40,6 +40,15 @@ CASES = {
         "advantage={name: prompt_history, history_size: 8, history_least: 8}",
         "selection.fraction=0.7",
     ],
+    # with one branch of contrast in three, a process often has nothing to train; the two rows of 3 prompts leave updates empty
+    "contrast": [
+        "rollout={plan: window, num_steps: 5, same_noise: true, window: {schedule: backward, backward_first: 3, backward_stages: 4}}",
+        "selection.contrast={high: 1.55, low: -1.55}",
+        "advantage.name=group_zscore",
+        "kl.weight=0.05",
+        "objective.updates_per_iteration=2",
+    ],
+    "one row": ["rollout={same_noise: true, window: {size: 1}}", "objective.updates_per_iteration=2"],
     "two rewards": ["rewards={toys:brightness: 1.0, toys:redness: 0.5}", "rollout.plan=chain", "rollout.groups_per_iteration=5", "ema=null"],
 }
 SCRIPT = """
@@ -111,8 +120,11 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, pipeline: Pa
     for m, other in zip(metrics, others, strict=True):
         assert list(m) == list(other)
         for key, value in m.items():
+            if key.startswith("nfe/") and name in ("contrast", "one row"):
+                continue  # a process that has nothing to train evaluates one row with the others
             assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
-        assert other["nfe/used"] == other["nfe/minimum"] == m["nfe/used"]
+        assert other["nfe/used"] == other["nfe/minimum"]
+        assert m["nfe/used"] == m["nfe/minimum"] <= other["nfe/used"]
         assert other["ratio/max_abs_log_first"] < 1e-6
     for e, other in zip(read(one / "evals.jsonl"), read(two / name / "run" / "evals.jsonl"), strict=True):
         assert other == pytest.approx(e, abs=1e-5)

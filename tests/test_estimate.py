@@ -180,7 +180,7 @@ def test_a_measurement_takes_all_prompts_when_there_is_time(configure: Configure
     assert min(found.rollout, found.train, found.text_encoders, found.evaluations) > 0
     assert found.images_per_second == 12 / (found.rollout + found.reward + found.train)
     assert found.run > found.training == 6 * found.iteration
-    assert found.peak_memory > 2**26
+    assert 2**27 < found.peak_memory < 2**36
     assert not (tmp_path / "run").exists()
 
 

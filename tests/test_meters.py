@@ -14,6 +14,8 @@ from flowrl.types import Decisions
 class Processes:
     """Stands for an accelerator: its sums are those of this process and of the processes that reported before."""
 
+    device = torch.device("cpu")
+
     def __init__(self, *others, count=1):
         self.num_processes = count
         self.others = others
@@ -41,8 +43,8 @@ FIRST = ([0.0, 0.1, -0.1], [1.0, 2.0, -1.0], [0, 2, 0])  # log ratios, advantage
 SECOND = ([0.2, -0.3], [-1.0, 1.0], [2, 0])
 
 
-def filled(*batches, kl=True, first=(True, False), norms=(2.0, 4.0)):
-    meters = Meters([0, 2])
+def filled(*batches, kl=True, first=(True, False), norms=(2.0, 4.0), tuning=False):
+    meters = Meters([0, 2], kl=kl, tuning=tuning)
     for number, (log_ratio, advantages, step) in enumerate(batches):
         metrics, loss = metrics_of(log_ratio, advantages)
         meters.add(metrics, loss, torch.full((len(step),), 0.25 * (number + 1)) if kl else None, torch.tensor(step), first=first[number])
@@ -88,20 +90,20 @@ def test_several_processes_agree_with_one_that_saw_everything(kl):
     one = filled(FIRST, SECOND, kl=kl, first=(True, True)).result(Processes())
     other = Processes(count=2)
     for accelerator, (log_ratio, advantages, step), value in ((other, SECOND, 0.5), (Processes(other, count=2), FIRST, 0.25)):
-        meters = Meters([0, 2])
+        meters = Meters([0, 2], kl=kl)
         metrics, loss = metrics_of(log_ratio, advantages)
         meters.add(metrics, loss, torch.full((len(loss),), value) if kl else None, torch.tensor(step), first=True)
         meters.add_grad_norm(torch.tensor(3.0))
         result = meters.result(accelerator)
-    assert result == pytest.approx(one, rel=1e-6)
+    assert result | {"updates": 2} == pytest.approx(one, rel=1e-6)  # here each process has made one, there one process has made both
 
 
 def test_metrics_are_plain_numbers():
-    assert all(type(value) is float for value in filled(FIRST, SECOND).result(Processes()).values())
+    assert all(type(value) in (int, float) for value in filled(FIRST, SECOND).result(Processes()).values())
 
 
 def test_the_kl_is_kept_without_its_gradient():
-    meters = Meters([0])
+    meters = Meters([0], kl=True)
     metrics, loss = metrics_of([0.0], [1.0])
     meters.add(metrics, loss, torch.ones(1, requires_grad=True), torch.tensor([0]), first=True)
     meters.add_grad_norm(torch.ones((), requires_grad=True))
@@ -131,10 +133,42 @@ def tuned(meters, scale):
 
 
 def test_the_share_of_the_supervised_term_is_that_of_its_gradient_norm():
-    meters = filled(FIRST, SECOND)
+    meters = filled(FIRST, SECOND, tuning=True)
     tuned(meters, 1.0)
     tuned(meters, 0.0)
     result = meters.result(Processes())
     assert result["tuning/loss"] == 1.0
     assert result["tuning/grad_share"] == pytest.approx(4 / (4 + math.sqrt(9 + 9)))
     assert "tuning/loss" not in filled(FIRST, SECOND).result(Processes())
+
+
+def test_another_ratio_is_kept_beside_the_plain_one():
+    meters = Meters([0, 2], normalised=True)
+    for log_ratio, advantages, step in (FIRST, SECOND):
+        metrics, loss = metrics_of(log_ratio, advantages)
+        plain = torch.tensor([3 * x for x in log_ratio])
+        meters.add(metrics, loss, None, torch.tensor(step), first=log_ratio == FIRST[0], plain=plain)
+    result = meters.result(Processes())
+    assert result["ratio/step_2/log_mean"] == pytest.approx(3 * 0.15, rel=1e-6)
+    assert result["ratio/step_2/norm_mean"] == pytest.approx(0.15, rel=1e-6)
+    assert result["ratio/step_2/norm_std"] == pytest.approx(0.05, rel=1e-5)
+    assert result["ratio/step_2/mean"] == pytest.approx((math.exp(0.3) + math.exp(0.6)) / 2, rel=1e-6)
+    assert result["ratio/max_abs_log_first"] == pytest.approx(0.3, rel=1e-6)  # neither of the two may be off
+    assert result["clip/high"] == pytest.approx(1 / 5)  # the objective clips its own
+
+
+def test_an_iteration_without_an_update_has_numbers_all_the_same():
+    result = Meters([0, 2], kl=True, tuning=True).result(Processes())
+    assert result == {
+        "ratio/mean": 1.0,
+        "ratio/std": 0.0,
+        "ratio/max_abs_log_first": 0.0,
+        "clip/low": 0.0,
+        "clip/high": 0.0,
+        "loss": 0.0,
+        "kl/mean": 0.0,
+        "tuning/loss": 0.0,
+        "tuning/grad_share": 0.0,
+        "updates": 0,
+        "grad_norm": 0.0,
+    }

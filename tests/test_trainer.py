@@ -307,9 +307,8 @@ def test_every_training_row_belongs_to_exactly_one_update_of_an_epoch(configure:
         assert sorted(torch.cat(parts).tolist()) == list(range(len(rollout.row_sigma)))
         assert [len(part) for part in parts] == [5, 5, 5]  # 3 groups of 1 + 4 rows
     assert any(a.tolist() != b.tolist() for a, b in zip(*epochs, strict=True))
-    few = Trainer(configure("objective.updates_per_iteration=3", "rollout.same_noise=true", "rollout.window.size=1"))
-    with pytest.raises(UserError, match="updates_per_iteration: 3 updates are more than this process has rows"):
-        few.split(few.roll_out(few.plan(1), few.prompts[:1], [0], 1)[0], [0], (1, 0))
+    with pytest.raises(UserError, match="updates_per_iteration: 5 updates are more than the 3 training rows of an iteration; use fewer"):
+        Trainer(configure("objective.updates_per_iteration=5", "rollout.same_noise=true", "rollout.window.size=1"))
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------------------------------
@@ -403,3 +402,13 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(configure: C
     train(configure("training.iterations=2"), resume=run)
     assert "has already done 2 of its 2 iterations" in capsys.readouterr().err
     assert {name: (run / name).read_bytes() for name in names} == before
+
+
+def test_an_iteration_in_which_nothing_is_selected_leaves_everything_as_it_was(configure: Configure) -> None:
+    settings = ["rollout.same_noise=true", "advantage.name=group_zscore", "kl.weight=0.1", "optimizer.weight_decay=0.1"]
+    trainer = Trainer(configure(*settings, "selection.contrast={high: 9, low: -9}"))
+    before, moments = weights(trainer), len(trainer.optimizer.state)
+    metrics, _ = trainer.iterate(1)
+    assert difference(before, weights(trainer)) == 0
+    assert (len(trainer.optimizer.state), trainer.num_updates, metrics["updates"], metrics["selection/kept"]) == (moments, 0, 0, 0.0)
+    assert metrics["nfe/used"] == metrics["nfe/minimum"]

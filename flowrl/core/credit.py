@@ -16,7 +16,10 @@ from torch import Tensor
 
 from flowrl.core.advantages import edge_advantages, group_statistics
 
-__all__ = ["backup", "integrate", "layer_advantages", "layer_position", "sibling_advantages"]
+__all__ = ["LEAST_STD", "backup", "integrate", "layer_advantages", "layer_position", "sibling_advantages"]
+
+LEAST_STD = 1e-6
+"""A layer whose values have a smaller standard deviation has nothing to compare."""
 
 
 def backup(
@@ -86,26 +89,26 @@ def backup(
 def layer_advantages(values: Tensor, known: Tensor, *, group: Tensor, step: Tensor, eps: float, ddof: int) -> Tensor:
     """(R(child) - mean of the layer) / (std of the layer + eps), [E].
 
-    Exactly 0 where the value is not known, where the layer has fewer than two known values, and where all its values are equal. With one step it is
-    GRPO's group z-score.
+    Exactly 0 where the value is not known, where the layer has fewer than two known values, and where its std is below 1e-6: such differences are
+    rounding errors of the rewards. With one step it is otherwise GRPO's group z-score.
 
     Args:
         values, known: [E], see `backup`. group, step: [E], which layer the edge is in.
         eps: > 0. ddof: BranchGRPO uses eps 1e-8 with ddof 1.
     Source:
-        BranchGRPO, arXiv:2509.06040, verified in the released code (which sets layers with a std below 1e-6 to 0; the eps bounds ours).
+        BranchGRPO, arXiv:2509.06040, verified in the released code, the bound on the std too.
         "layer" for Dynamic-TreeRPO, arXiv:2509.23352, is our reading.
     """
     layer, count = _layers(group, step)
     mean, std, _ = group_statistics(values, layer, known, count, ddof)
-    return torch.where(known, (values - mean[layer]) / (std[layer] + eps), torch.zeros_like(values))
+    return torch.where(known & (std[layer] >= LEAST_STD), (values - mean[layer]) / (std[layer] + eps), torch.zeros_like(values))
 
 
 def sibling_advantages(values: Tensor, known: Tensor, *, row: Tensor, group: Tensor, step: Tensor, eps: float, ddof: int) -> Tensor:
     """(R(child) - mean of the siblings) / (std of the layer + eps), [E]: without the luck of the prefix that the siblings share.
 
     The scale is the layer's: a std of two siblings would make every advantage +1 or -1. Exactly 0 for an only child (so a stochastic step that does not
-    branch gets no gradient), where the value is not known, and where siblings are equal. Siblings' advantages sum to 0.
+    branch gets no gradient), where the value is not known, where siblings are equal, and in layers with a std below 1e-6. Siblings' advantages sum to 0.
 
     Args:
         row: [E] int64 >= 0, the parent node; siblings share it. Others as in `layer_advantages`.
@@ -115,7 +118,7 @@ def sibling_advantages(values: Tensor, known: Tensor, *, row: Tensor, group: Ten
     layer, count = _layers(group, step)
     _, std, _ = group_statistics(values, layer, known, count, ddof)
     mean, _, _ = group_statistics(values, row, known, int(row.max()) + 1, ddof)
-    return torch.where(known, (values - mean[row]) / (std[layer] + eps), torch.zeros_like(values))
+    return torch.where(known & (std[layer] >= LEAST_STD), (values - mean[row]) / (std[layer] + eps), torch.zeros_like(values))
 
 
 def integrate(kind: Literal["mean", "sum"], leaf_advantages: Tensor, leaf_edge: Tensor, num_edges: int) -> Tensor:
