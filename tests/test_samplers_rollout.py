@@ -8,6 +8,7 @@ import pytest
 import torch
 from forests import PLANS, SHAPE, SIX, Counted, chain, granular, noise_of, path_to, roll_out, tree, walk, window
 
+from flowrl.core.advantages import group_zscore
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from samplers.kernels import KERNELS
 from samplers.plans import Node, Plan
@@ -348,3 +349,21 @@ def test_the_ode_sampler_is_euler_on_the_grid():
     for sigma, after in itertools.pairwise(SIX):
         x = x + (after - sigma) * Counted()(x, torch.full((3,), sigma), row)
     torch.testing.assert_close(sample_ode(Counted(), noise, SIX, row), x)
+
+
+def test_without_noise_the_children_of_an_anchor_are_one_picture_with_nothing_to_compare():
+    calm = roll_out(granular(noise_level=1e-12, group_size=4), [3], dtype=torch.float64)
+    noisy = roll_out(granular(group_size=4), [3], dtype=torch.float64)
+    for rollout, equal in ((calm, True), (noisy, False)):
+        spread = torch.stack([rollout.leaves[rollout.leaf_set == s].std(0).max() for s in rollout.leaf_set.unique()])
+        assert bool((spread < 1e-9).all()) == equal
+        rewards = rollout.leaves.flatten(1).mean(1).float().double()  # what a reward in float32 can tell apart
+        advantages = group_zscore(rewards, rollout.leaf_set, torch.ones(len(rewards), dtype=torch.bool), 6, eps=1e-8, ddof=1, global_spread=torch.zeros(()))
+        assert bool((advantages == 0).all()) == equal
+
+
+def test_a_tree_without_branches_is_mixgrpos_window_and_one_with_branches_is_not():
+    straight = tree({2: 1, 3: 1}, noise={2: 0.7, 3: 0.7})
+    alone = roll_out(window(2, 2, group_size=1), [5])
+    assert torch.equal(roll_out(straight, [5]).leaves, alone.leaves)
+    assert len(roll_out(tree({2: 2, 3: 1}, noise={2: 0.7, 3: 0.7}), [5]).leaves) == 2 * len(alone.leaves)
