@@ -101,7 +101,21 @@ def test_the_page_from_made_up_runs(bench: ModuleType, tmp_path: Path) -> None:
     rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")}
     assert [name for name in rows if name in bench.CONFIGS] == ["mix_grpo", "flow_grpo", "g2rpo"]  # best first
     # base 0.4, final 0.60 and 0.62: 0.61 +- 12.706 * 0.01; it gets there itself at its last row
-    assert rows["flow_grpo"][2:] == ["2", "1,000", "4", "4,000", "2", "0.400", "0.610 ± 0.127", "0.200", "0.410 ± 0.127", "0.500", "0.710 ± 0.127", "4,000"]
+    assert rows["flow_grpo"][2:] == [
+        "2",
+        "1,000",
+        "4",
+        "4,000",
+        "2",
+        "0.400",
+        "0.610 ± 0.127",
+        "0.200",
+        "0.410 ± 0.127",
+        "0.500",
+        "0.710 ± 0.127",
+        "+0.210 ± 0.014",
+        "4,000",
+    ]
     assert rows["mix_grpo"][-1] == f"{1000 * 0.21 / 0.32:,.0f}"
     assert rows["g2rpo"][-1] == "not reached"
     assert "ddpo" not in rows
