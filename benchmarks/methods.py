@@ -264,7 +264,8 @@ ABOUT_METHODS = """
 Every method starts from configs/tiny_<method>.yaml and gets about the same number of network rows (NFE: forward and backward, no classifier-free guidance), the
 same training prompts, seeds 0, 1, 2, ..., one thread. Reward: `scene`, graded, on 512 pictures of the held-out `eval` prompts and of the `unseen` combinations,
 6 ODE steps, the same start noise for all; strict: the share of pictures in which everything is right. ± is half of the 95 % interval over seeds (Student's t),
-which knows nothing of the choice of prompts; the gain's ± is over prompts and pictures instead. Seconds are the trainer's own, without evaluations. The last column is where the mean curve first reaches the
+which knows nothing of the choice of prompts; the gain's ± is over prompts and pictures instead.
+Seconds are the trainer's own, without evaluations. The last column is where the mean curve first reaches the
 final reward of flow_grpo, interpolated between evaluations of 256 pictures. No KL anywhere. Beforehand,
 short runs with seed 0 had set where the windows of mix_grpo, mix_grpo_flash and dynamic_treerpo move, and the form and weight of the latter's supervised term
 (docs/log.md); nothing else was tuned: the table compares recipes, not papers.
