@@ -8,6 +8,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,9 @@ from flowrl.versions import versions
 __all__ = ["Interrupted", "train"]
 
 _LOGGER = logging.getLogger(__name__)
+
+_STILLBORN = ".config.yaml.*.tmp"
+"""All that a run leaves which is killed while it writes its first file; its directory may be used again."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,7 +72,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     run_dir = resume if resume is not None else Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} is a file; choose another run_dir")
-    if resume is None and run_dir.exists() and any(run_dir.iterdir()):
+    if resume is None and run_dir.exists() and not all(fnmatch(path.name, _STILLBORN) for path in run_dir.iterdir()):
         raise UserError(f"run directory {run_dir} exists already; go on with: flowrl train --resume {run_dir}, or choose another run_dir")
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process
@@ -94,6 +98,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         try:
             if main:
                 with explain_full_disk(run_dir):
+                    for leftover in run_dir.glob(_STILLBORN):
+                        leftover.unlink()
                     replace_file(run_dir / "config.yaml", dump_config(config).encode())
                     replace_file(run_dir / "versions.json", (json.dumps(versions(trainer.policy.device), indent=1) + "\n").encode())
             if resume is not None:

@@ -223,6 +223,17 @@ def test_an_empty_run_directory_may_be_used_and_a_file_put_there_meanwhile_stays
     assert train(configure("training.iterations=1", "rewards=[toys:brightness]")) == run
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_first_file_can_be_started_again(configure: Callable[..., Config], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.yaml.77.tmp").write_text("method: fl")
+    assert train(configure("training.iterations=1")) == run
+    assert list(run.glob(".*")) == []
+    (run / "config.yaml").unlink()
+    with pytest.raises(UserError, match="exists already"):  # it holds more than that
+        train(configure("training.iterations=1"))
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_on_resume(configure: Callable[..., Config], caplog: pytest.LogCaptureFixture) -> None:
     run = train(configure("training.iterations=2"))
     metrics = (run / "metrics.jsonl").read_bytes()
