@@ -51,7 +51,7 @@ def assign(config, plan, values, *, assigner=None, rollout=None, num_groups=1, i
     return (assigner or Assigner(config))(plan, rollout, scores, scores, prompts=(prompts, prompts), numbers=numbers, iteration=iteration)
 
 
-def close(found, expected):
+def assert_values(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
@@ -60,9 +60,9 @@ def close(found, expected):
 
 def test_advantages_of_leaves_are_averaged_over_the_leaves_below():
     found = assign(config_of(), DEPTH_TWO, REWARDS)
-    close(found.advantages, [-1 / STD, 1 / STD, -2 / STD, 0, -1 / STD, 3 / STD])
-    close(found.clip_low, [CLIP] * 6)
-    close(found.clip_high, [CLIP] * 6)
+    assert_values(found.advantages, [-1 / STD, 1 / STD, -2 / STD, 0, -1 / STD, 3 / STD])
+    assert_values(found.clip_low, [CLIP] * 6)
+    assert_values(found.clip_high, [CLIP] * 6)
     assert (found.tuning, found.placeholder, found.rows) == (None, False, 3)
     assert {name: found.sums[name] for name in ("clamped", "all", "kept", "tuned", "rows")} == {"clamped": 0, "all": 6, "kept": 6, "tuned": 0, "rows": 3}
     assert found.sums["abs_advantage"] == pytest.approx(8 / STD)
@@ -70,13 +70,13 @@ def test_advantages_of_leaves_are_averaged_over_the_leaves_below():
 
 def test_layer_compares_the_nodes_of_a_depth():
     # depth 1: 2 and 4 have mean 3 and std 1; depth 2 is the leaves
-    close(assign(config_of(credit={"normalize": "layer"}), DEPTH_TWO, REWARDS).advantages, [-1, 1, -2 / STD, 0, -1 / STD, 3 / STD])
+    assert_values(assign(config_of(credit={"normalize": "layer"}), DEPTH_TWO, REWARDS).advantages, [-1, 1, -2 / STD, 0, -1 / STD, 3 / STD])
 
 
 def test_sibling_compares_the_children_of_a_node_on_the_scale_of_the_layer():
     # of 1, 3 with mean 2 and of 2, 6 with mean 4
     found = assign(config_of(credit={"normalize": "sibling"}), DEPTH_TWO, REWARDS).advantages
-    close(found, [-1, 1, -1 / STD, 1 / STD, -2 / STD, 2 / STD])
+    assert_values(found, [-1, 1, -1 / STD, 1 / STD, -2 / STD, 2 / STD])
 
 
 @pytest.mark.parametrize("kind", ["path", "level"])
@@ -85,12 +85,12 @@ def test_probable_children_weigh_more_in_path_and_level(kind):
     rollout = dataclasses.replace(rollout_of(DEPTH_TWO), edge_old_log_prob=torch.tensor([0.1, 0.9, math.log(3), 0.0, 0.0, math.log(4)]))
     credit = {"backup": kind, "temperature": 1.0}
     leaf = assign(config_of(credit=credit), DEPTH_TWO, REWARDS, rollout=rollout).advantages
-    close(leaf, [-6 / 4 / STD, 11 / 5 / STD, -2 / STD, 0, -1 / STD, 3 / STD])  # -2 and 0; -1 and 3
+    assert_values(leaf, [-6 / 4 / STD, 11 / 5 / STD, -2 / STD, 0, -1 / STD, 3 / STD])  # -2 and 0; -1 and 3
     # of rewards 1, 9 and 2, 6 the means are 5 and 4, but 3/4 1 + 1/4 9 = 3 and 1/5 2 + 4/5 6 = 5.2: the second is the better one
     layer = assign(config_of(credit={**credit, "normalize": "layer"}), DEPTH_TWO, [1, 9, 2, 6], rollout=rollout).advantages
-    close(layer, [-1, 1, *(a / math.sqrt(10.25) for a in (-3.5, 4.5, -2.5, 1.5))])
+    assert_values(layer, [-1, 1, *(a / math.sqrt(10.25) for a in (-3.5, 4.5, -2.5, 1.5))])
     cold = assign(config_of(credit={"backup": kind, "temperature": 0.0}), DEPTH_TWO, REWARDS, rollout=rollout).advantages
-    close(cold, [-1 / STD, 1 / STD, -2 / STD, 0, -1 / STD, 3 / STD])
+    assert_values(cold, [-1 / STD, 1 / STD, -2 / STD, 0, -1 / STD, 3 / STD])
 
 
 def test_the_prefix_counts_for_path_and_level_in_different_ways():
@@ -109,7 +109,7 @@ def test_the_prefix_counts_for_path_and_level_in_different_ways():
 def test_a_chain_gives_every_decision_its_own_samples_advantage():
     config = config_of(rollout={"plan": "chain", "tree": {}})
     plan = forests.chain(sigmas=THREE)
-    close(assign(config, plan, [REWARDS, REWARDS[::-1]], num_groups=2).advantages, [x / STD for x in [-2, 0, -1, 3] * 2 + [3, -1, 0, -2] * 2])
+    assert_values(assign(config, plan, [REWARDS, REWARDS[::-1]], num_groups=2).advantages, [x / STD for x in [-2, 0, -1, 3] * 2 + [3, -1, 0, -2] * 2])
 
 
 def test_plain_grpo_is_a_tree_of_depth_one_without_the_extras():
@@ -148,14 +148,14 @@ def granular_config(**sections):
 @pytest.mark.parametrize(("integrate", "expected"), [("sum", [-2.0, 2.0]), ("mean", [-1.0, 1.0])])
 def test_granularities_are_compared_apart_and_then_summed_or_averaged(integrate, expected):
     # within a stride the z-scores are -1, 1, whatever the stride's scale
-    close(assign(granular_config(credit={"integrate": integrate}), GRANULAR, [0, 1, 10, 30]).advantages, expected)
-    close(assign(granular_config(credit={"integrate": integrate}), GRANULAR, [0, 1, 30, 10]).advantages, [0.0, 0.0])
+    assert_values(assign(granular_config(credit={"integrate": integrate}), GRANULAR, [0, 1, 10, 30]).advantages, expected)
+    assert_values(assign(granular_config(credit={"integrate": integrate}), GRANULAR, [0, 1, 30, 10]).advantages, [0.0, 0.0])
 
 
 @pytest.mark.parametrize(("integrate", "clamped", "expected"), [("sum", 2, [-1.5, 1.5]), ("mean", 0, [-1.0, 1.0])])
 def test_the_clamp_comes_after_the_sum_and_its_rate_is_counted(integrate, clamped, expected):
     found = assign(granular_config(credit={"integrate": integrate}, advantage={"clip": 1.5}), GRANULAR, [0, 1, 10, 30])
-    close(found.advantages, expected)
+    assert_values(found.advantages, expected)
     assert (found.sums["clamped"], found.sums["all"], found.sums["abs_advantage"]) == (clamped, 2, pytest.approx(2 * expected[1]))
 
 
@@ -165,10 +165,10 @@ def test_granularities_and_rewards_are_summed_before_the_one_clamp():
         rewards={"scene": 1.0, "jpeg": 2.0}, credit={"integrate": "sum"}, advantage={"aggregate": "advantages", "clip": 5.0}, objective={"clip_low": CLIP}
     )
     found = assign(config, GRANULAR, [0, 0, 0, 0], scene=[0, 1, 10, 30], jpeg=[0, 1, 5, 9])
-    close(found.advantages, [-5.0, 5.0])  # -1 - 1 + 2 (-1 - 1) = -6
+    assert_values(found.advantages, [-5.0, 5.0])  # -1 - 1 + 2 (-1 - 1) = -6
     assert found.sums["clamped"] == 2
     found = assign(config, GRANULAR, [0, 0, 0, 0], scene=[0, 1, 10, 30], jpeg=[0, 1, 9, 5])
-    close(found.advantages, [-2.0, 2.0])
+    assert_values(found.advantages, [-2.0, 2.0])
 
 
 def test_equal_rewards_give_advantage_0_in_every_mode():
@@ -184,8 +184,8 @@ def test_advantages_of_rewards_are_weighted_and_summed_and_a_reward_of_weight_0_
     config = config_of(rewards={"scene": 1.0, "jpeg": -0.5, "scene_exact": 0.0}, advantage={"aggregate": "advantages"})
     found = assign(config, DEPTH_TWO, [0] * 4, scene=REWARDS, jpeg=[0, 0, 2, 2], scene_exact=[NAN] * 4).advantages
     leaf = [-2 / STD + 0.5, 0 + 0.5, -1 / STD - 0.5, 3 / STD - 0.5]
-    close(found[2:], leaf)
-    close(found[:2], [sum(leaf[:2]) / 2, sum(leaf[2:]) / 2])
+    assert_values(found[2:], leaf)
+    assert_values(found[:2], [sum(leaf[:2]) / 2, sum(leaf[2:]) / 2])
 
 
 def test_the_global_spread_is_that_of_all_processes():
@@ -195,7 +195,7 @@ def test_the_global_spread_is_that_of_all_processes():
     prompts = rollout.leaf_group, torch.arange(9)
     found = Assigner(config)(plan, rollout, here, everywhere, prompts=prompts, numbers=[0], iteration=1).advantages
     spread = math.sqrt(3.5 + 25)  # two groups, 10 apart
-    close(found[2:], [-2 / spread, 0, -1 / spread, 3 / spread])
+    assert_values(found[2:], [-2 / spread, 0, -1 / spread, 3 / spread])
 
 
 def test_a_reward_that_scored_nothing_is_the_users_mistake():
@@ -218,16 +218,16 @@ def test_a_prompt_is_compared_with_what_it_scored_before():
         return assigner(plan, rollout, scores, scores, prompts=(prompt, prompt), numbers=[0, 1], iteration=1).advantages
 
     # too few rewards of a prompt: mean 3 and std sqrt(3.5) of the iteration
-    close(call(assigner, REWARDS, [7, 8]), [-2 / STD, 0, -1 / STD, 3 / STD])
+    assert_values(call(assigner, REWARDS, [7, 8]), [-2 / STD, 0, -1 / STD, 3 / STD])
     state = assigner.state_dict()
     # prompt 7 now has 1, 3, 5, 7: mean 4, std sqrt(5); prompt 9 has two of its own, so the iteration's 5, 7, 0, 0: mean 3, std sqrt(9.5)
     second = [1 / math.sqrt(5), 3 / math.sqrt(5), -3 / math.sqrt(9.5), -3 / math.sqrt(9.5)]
-    close(call(assigner, [5, 7, 0, 0], [7, 9]), second)
+    assert_values(call(assigner, [5, 7, 0, 0], [7, 9]), second)
     resumed = Assigner(config)
     resumed.load_state_dict(state)
-    close(call(resumed, [5, 7, 0, 0], [7, 9]), second)
+    assert_values(call(resumed, [5, 7, 0, 0], [7, 9]), second)
     # an invalid sample is not remembered: 7 has 3, 5, 7, 9, mean 6
-    close(call(assigner, [9, NAN, 0, 0], [7, 9]), [3 / math.sqrt(5), 0, 0, 0])
+    assert_values(call(assigner, [9, NAN, 0, 0], [7, 9]), [3 / math.sqrt(5), 0, 0, 0])
     with pytest.raises(UserError, match="disagree on whether rewards of prompts are remembered"):
         Assigner(config).load_state_dict(None)
     with pytest.raises(UserError, match="disagree on whether rewards of prompts are remembered"):
@@ -251,14 +251,14 @@ def test_a_prompt_is_compared_with_what_it_scored_before():
 )
 def test_a_sample_without_a_reward_has_advantage_0(credit, expected):
     found = assign(config_of(credit=credit), DEPTH_TWO, [NAN, 3, 2, 7]).advantages
-    close(found, [a / math.sqrt(14 / 3) for a in expected])
+    assert_values(found, [a / math.sqrt(14 / 3) for a in expected])
 
 
 def test_a_node_is_compared_by_the_leaves_that_have_a_reward():
     layer = assign(config_of(credit={"normalize": "layer"}), DEPTH_TWO, [NAN, 3, 2, 7]).advantages
-    close(layer, [-1, 1, *(a / math.sqrt(14 / 3) for a in (0, -1, -2, 3))])
+    assert_values(layer, [-1, 1, *(a / math.sqrt(14 / 3) for a in (0, -1, -2, 3))])
     sibling = assign(config_of(credit={"normalize": "sibling"}), DEPTH_TWO, [NAN, 3, 2, 7]).advantages
-    close(sibling, [-1, 1, *(a / math.sqrt(14 / 3) for a in (0, 0, -2.5, 2.5))])
+    assert_values(sibling, [-1, 1, *(a / math.sqrt(14 / 3) for a in (0, 0, -2.5, 2.5))])
 
 
 @pytest.mark.parametrize("credit", [{}, {"normalize": "layer"}, {"normalize": "sibling"}, {"backup": "path"}])
@@ -275,8 +275,8 @@ def test_the_clip_bounds_lean_with_a_nodes_place_in_its_layer():
     # places: 0, 1 | 0, 2/5, 1/5, 1; tilt 2 place - 1 = -1, 1 | -1, -1/5, -3/5, 1
     found = assign(config_of(objective={"dynamic_clip": 0.5, "clip_low": 1e-3, "clip_high": 2e-3}), DEPTH_TWO, REWARDS)
     tilt = torch.tensor([-1, 1, -1, -0.2, -0.6, 1])
-    close(found.clip_low, (1e-3 * (1 - 0.5 * tilt)).tolist())
-    close(found.clip_high, (2e-3 * (1 + 0.5 * tilt)).tolist())
+    assert_values(found.clip_low, (1e-3 * (1 - 0.5 * tilt)).tolist())
+    assert_values(found.clip_high, (2e-3 * (1 + 0.5 * tilt)).tolist())
 
 
 def test_insensitive_clip_bounds_are_the_fixed_ones():
@@ -286,7 +286,7 @@ def test_insensitive_clip_bounds_are_the_fixed_ones():
         assert getattr(fixed, name).tolist() == pytest.approx([CLIP] * 6)
         torch.testing.assert_close(getattr(tiny, name), getattr(fixed, name))
     even = assign(config_of(objective={"dynamic_clip": 0.5}), DEPTH_TWO, [NAN, 2, 2, 2])
-    close(even.clip_high, [CLIP] * 6)
+    assert_values(even.clip_high, [CLIP] * 6)
 
 
 # --- selections ---------------------------------------------------------------------------------------------------------------------------------
@@ -327,12 +327,12 @@ def test_pruning_widths():
     rollout = {"num_steps": 4, "tree": {"splits": [0, 1], "stochastic": "all"}}
     branch = assign(config_of(rollout=rollout, selection={"width": {"keep": 0.5, "mode": "branch"}}), plan, REWARDS)
     a = [-1 / STD, 1 / STD, -2 / STD, 0, -1 / STD, 3 / STD, -2 / STD, 0, -1 / STD, 3 / STD]
-    close(branch.advantages, [a[i] for i in (0, 1, 3, 5, 7, 9)])
+    assert_values(branch.advantages, [a[i] for i in (0, 1, 3, 5, 7, 9)])
     assert branch.rollout.edge_parent.tolist() == [-1, -1, 0, 1, 2, 3]
     assert (branch.rows, branch.sums["kept"], branch.sums["all"]) == (1 + 2 + 2, 6, 10)
     # over the whole tree the best and the worst: leaves 3 and 0
     extremes = assign(config_of(rollout=rollout, selection={"width": {"keep": 0.5, "mode": "extremes"}}), plan, REWARDS)
-    close(extremes.advantages, [a[i] for i in (0, 1, 2, 5, 6, 9)])
+    assert_values(extremes.advantages, [a[i] for i in (0, 1, 2, 5, 6, 9)])
     # an unscored leaf is not trained below the split
     partly = assign(config_of(rollout=rollout, selection={"width": {"keep": 1.0, "mode": "branch"}}), plan, [NAN, 3, 2, 7])
     assert partly.sums["kept"] == 10 - 2
@@ -350,7 +350,7 @@ def test_contrast_trains_the_best_and_the_worst_of_a_branch():
     # the samples of a branch set are compared with each other: the second group has no contrast, the third the best and worst at 8 and 10
     found = assign(contrast_config(), CONTRAST, [REWARDS, [2.0] * 4, [60.0, 20.0, 10.0, 30.0]], num_groups=3)
     third = math.sqrt(350)
-    close(found.advantages, [-2 / STD, 3 / STD, -2 / STD, 3 / STD, 30 / third, -20 / third, 30 / third, -20 / third])
+    assert_values(found.advantages, [-2 / STD, 3 / STD, -2 / STD, 3 / STD, 30 / third, -20 / third, 30 / third, -20 / third])
     assert found.rollout.leaf_edge[:, 1].tolist() == [0, 0, 3, 3, 8, 8, 10, 10]
     assert found.rollout.row_group.tolist() == [0, 0, 0, 2, 2, 2]
     assert (found.placeholder, found.rows, found.sums["kept"], found.sums["all"]) == (False, 6, 8, 24)
@@ -415,7 +415,7 @@ def test_every_node_is_pulled_towards_the_best_path_as_far_as_it_is_behind():
     rollout = rollout_of(DEPTH_TWO, 2)
     values = [REWARDS, [6.0, 3.0, 2.0, 1.0]]
     best = assign(tuning_config(), DEPTH_TWO, values, rollout=rollout, num_groups=2)
-    close(best.tuning.weight, [0.6, 0.8, 0.4, 0.6, 0.3, 0.9])
+    assert_values(best.tuning.weight, [0.6, 0.8, 0.4, 0.6, 0.3, 0.9])
     # group 0: leaf 3 is below rows 0 and 2; group 1: leaf 0 of it is below rows 3 and 4
     torch.testing.assert_close(best.tuning.target, rollout.row_velocity[[0, 2, 2, 3, 4, 4]], rtol=0, atol=0)
     assert best.sums["tuned"] == 6
@@ -437,7 +437,7 @@ def test_samples_without_a_reward_are_neither_the_best_nor_behind(target):
     # leaf 3 is not known: best is leaf 1 with 3 of 3, 1, 2. Nodes 2 | 2, 2
     rollout = rollout_of(DEPTH_TWO, 2)
     found = assign(tuning_config(target), DEPTH_TWO, [[1, 3, 2, NAN], [NAN] * 4], rollout=rollout, num_groups=2).tuning
-    close(found.weight, [0.5, 0.5, 0.5, 0, 0, 0])
+    assert_values(found.weight, [0.5, 0.5, 0.5, 0, 0, 0])
     expected = rollout.row_velocity[[0, 1, 1]]
     if target == "to_best_x0":
         expected = (rollout.row_x[:3] - rollout.leaves[1]) / rollout.row_sigma[:3].float().view(-1, 1, 1, 1)
