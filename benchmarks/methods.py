@@ -181,7 +181,7 @@ def plan_words(config: Config) -> str:
     start = f"at step {w.low}" if w.schedule == "frozen" or r.window_high - w.low == w.size else f"{w.schedule} start"
     moving = f"window of {w.size}, {start}"
     if r.plan == "chain":
-        words = f"chain, {max(1, min(r.num_steps - 1, int(r.train_fraction * r.num_steps)))} of {r.num_steps} steps trained"
+        words = f"chain, {r.chain_steps} of {r.num_steps} steps trained"
         if config.selection.fraction < 1:
             words += f", {config.selection.fraction:g} of these drawn for each picture"
     elif r.plan == "tree":

@@ -104,7 +104,7 @@ def _granular(rollout: RolloutConfig) -> Iterator[str]:
 def _stochastic_steps(rollout: RolloutConfig) -> list[int]:
     """The steps of a tree that carry noise, with the window at its first start; of the other plans as many numbers as they have such steps."""
     if rollout.plan == "chain":
-        return list(range(max(1, min(rollout.num_steps - 1, int(rollout.train_fraction * rollout.num_steps)))))
+        return list(range(rollout.chain_steps))
     window = range(rollout.window.low, rollout.window.low + rollout.window.size)
     if rollout.plan != "tree":
         return list(window)

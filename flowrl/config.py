@@ -176,6 +176,11 @@ class RolloutConfig(_Section):
             return self.window.high
         return self.num_steps // 2 if self.window.schedule == "random" else self.num_steps - 1
 
+    @property
+    def chain_steps(self) -> int:
+        """Stochastic, trained steps of the plan `chain`: the last step of the grid is never one of them."""
+        return max(1, min(self.num_steps - 1, int(self.train_fraction * self.num_steps)))
+
     def noise_levels(self, count: int) -> tuple[float, ...]:
         """Noise level of each of the plan's stochastic steps."""
         return self.noise_level * count if len(self.noise_level) == 1 else self.noise_level

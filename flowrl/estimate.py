@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.core.selection import depth_window
 from flowrl.data import GroupSampler, load_prompts
-from flowrl.planning import build_plan, minimum_rows, window_of
+from flowrl.planning import build_plan, minimum_rows, trained_rows, window_of
 from flowrl.seeds import derive_seed
 from flowrl.types import Prompt
 from samplers.plans import Plan
@@ -165,40 +165,38 @@ def group_rows(config: Config, iteration: int) -> tuple[float, float, str]:
     """Rows of one group: (rollout R, training N, note), forward, without the factors c, K and r. The note says what a selection leaves open."""
     rollout, selection = config.rollout, config.selection
     seed = derive_seed(config.seed, iteration)
-    walk, train = minimum_rows(rollout, iteration=iteration, seed=seed)
+    walk, _ = minimum_rows(rollout, iteration=iteration, seed=seed)
+    exact = trained_rows(config, iteration)
+    if exact is not None:
+        return walk, exact, ""
     group = rollout.group_size
     count = _window(config, iteration)[1]
     if selection.fraction < 1:
         kept = max(1, int(count * selection.fraction))
-        if not rollout.same_noise:
-            return walk, group * kept, ""
         shared = 1 - (1 - kept / count) ** group  # the chance that anybody trains the step that all share
         return walk, group * kept * (count - 1) / count + shared, "a mean: which steps are trained is drawn"
     if selection.contrast is not None:
         return walk, 1 + min(2, group) * (count - 1), "at most: which samples are trained depends on their rewards"
-    if selection.depth is not None or selection.width is not None:
-        plan = build_plan(rollout, [1 - k / rollout.num_steps for k in range(rollout.num_steps + 1)], shift=1.0, iteration=iteration, seed=seed)
-        return walk, *_pruned_rows(config, plan, iteration)
-    return walk, train, ""
+    plan = build_plan(rollout, [1 - k / rollout.num_steps for k in range(rollout.num_steps + 1)], shift=1.0, iteration=iteration, seed=seed)
+    return walk, *_extreme_rows(config, plan, iteration)
 
 
-def _pruned_rows(config: Config, plan: Plan, iteration: int) -> tuple[int, str]:
-    """Training rows of a tree that BranchGRPO's pruning leaves, and a note."""
+def _extreme_rows(config: Config, plan: Plan, iteration: int) -> tuple[int, str]:
+    """Training rows of a tree of which the best and the worst branches are trained, and a note."""
     depth, width = config.selection.depth, config.selection.width
+    assert width is not None
     nodes, note = plan.nodes, ""
     at = Counter(nodes[row].step for row in plan.train_rows)
     children = Counter(node.parent for node in nodes if node.trained)
-    if width is not None:
-        split = max((nodes[p].step for p, n in children.items() if n > 1), default=0)
-        below = [n for p, n in children.items() if nodes[p].step == split]
-        total = sum(below)
-        kept = sum(math.ceil(width.keep * n - 1e-9) for n in below) if width.mode == "branch" else max(int(width.keep * total), 2)
-        for step in at:
-            if step > split:
-                at[step] = at[step] * kept // total
-        if width.mode == "extremes" and kept < 2 * len(below):
-            at[split] = min(at[split], kept)
-            note = "at most: how many branches the best and worst samples share depends on their rewards"
+    split = max((nodes[p].step for p, n in children.items() if n > 1), default=0)
+    below = [n for p, n in children.items() if nodes[p].step == split]
+    kept = max(int(width.keep * sum(below)), 2)
+    for step in at:
+        if step > split:
+            at[step] = at[step] * kept // sum(below)
+    if kept < 2 * len(below):
+        at[split] = min(at[split], kept)
+        note = "at most: how many branches the best and worst samples share depends on their rewards"
     if depth is not None:
         first, last = depth_window(depth.first, depth.last, depth.slide_every, depth.stop, iteration)
         at = Counter({step: rows for step, rows in at.items() if not first <= step + 1 <= last})
@@ -209,7 +207,7 @@ def _window(config: Config, iteration: int) -> tuple[int, int, int]:
     """(s, W, T) of an iteration; T is the number of steps that are walked, fewer where the steps after the window are compressed."""
     rollout = config.rollout
     if rollout.plan == "chain":
-        return 0, max(1, min(rollout.num_steps - 1, int(rollout.train_fraction * rollout.num_steps))), rollout.num_steps
+        return 0, rollout.chain_steps, rollout.num_steps
     start, size = window_of(rollout, iteration, derive_seed(config.seed, iteration))
     after = rollout.num_steps - start - size
     if rollout.plan == "window":

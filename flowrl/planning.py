@@ -100,11 +100,10 @@ def build_plan(config: RolloutConfig, sigmas: Sequence[float], *, shift: float, 
         seed: of this iteration.
     """
     if config.plan == "chain":
-        count = max(1, min(config.num_steps - 1, int(config.train_fraction * config.num_steps)))
         return chain_plan(
             sigmas,
             config.group_size,
-            noise_level=config.noise_levels(count),
+            noise_level=config.noise_levels(config.chain_steps),
             train_fraction=config.train_fraction,
             same_noise=config.same_noise,
             kernel=config.kernel,
@@ -145,8 +144,7 @@ def build_plan(config: RolloutConfig, sigmas: Sequence[float], *, shift: float, 
 def minimum_rows(config: RolloutConfig, *, iteration: int, seed: int) -> Rows:
     """The least forward rows of a group in an iteration, (rollout, one training pass over all decisions), by the closed formulas of samplers/nfe.py."""
     if config.plan == "chain":
-        count = max(1, min(config.num_steps - 1, int(config.train_fraction * config.num_steps)))
-        return path_rows(config.num_steps, config.group_size, first=0, count=count, same_noise=config.same_noise)
+        return path_rows(config.num_steps, config.group_size, first=0, count=config.chain_steps, same_noise=config.same_noise)
     if config.plan == "tree":
         roots, branching, levels = _tree(config, iteration, seed)
         return tree_rows(_compressed(config, max(levels) + 1), roots=roots, branching=branching, trained=list(levels))
