@@ -45,7 +45,8 @@ class Case:
     """One recipe: its rollout and training phase, and the bare network on the same rows."""
 
     def __init__(self, config: Path, overrides: list[str]) -> None:
-        self.trainer = Trainer(load_config(config, ["run_dir=unused", *overrides]))
+        # no KL: the reference is one more forward of the same rows, which the bare side does not make
+        self.trainer = Trainer(load_config(config, ["run_dir=unused", "kl.weight=0", *overrides]))
         trainer, rollout = self.trainer, self.trainer.config.rollout
         self.prompts = [trainer.prompts[i] for i in trainer.sampler.groups(0)]
         self.prompt_rows = trainer.policy.prompt_rows([p.text for p in self.prompts])
