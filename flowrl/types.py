@@ -67,17 +67,32 @@ class Scores:
     Attributes:
         values: [B] float32, higher is better. Where ``valid`` is False the value is NaN and must not be used.
         valid: [B] bool; False where a sample could not be scored.
-        raw: further columns worth logging, each [B].
+        raw: further columns worth logging, each [B]; NaN where there is nothing to say.
+        problems: index of a sample that is not valid -> why, in a few words; not every reward says.
     """
 
     values: Tensor
     valid: Tensor
     raw: Mapping[str, Tensor] = field(default_factory=dict)
+    problems: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardInfo:
-    """Static facts about a reward, readable without loading its weights."""
+    """Static facts about a reward, readable without loading its weights.
+
+    Attributes:
+        low, high: the range of its values. direction: of the published measure; for "lower" the values are its negative, so that higher is better.
+        source: the paper, and what else defines the measure.
+        weights: what it loads, each a hub id ``owner/name`` or ``owner/name:file``, or an installed package. weights_license: of these.
+        parameters: of its networks, in all.
+        reads: the parts of a sample that it looks at. metadata: keys of the prompt's metadata without which it cannot score.
+        scope: whether a sample is scored alone, or beside others of its pair or group.
+        runs_on: "device" = where the config says; "cpu" = an engine that knows no other device; "network" = elsewhere, so this process only waits.
+        batch_size: samples a call, if the config says nothing.
+        dtype: of its networks on an accelerator, if the config says nothing; on a CPU they are float32.
+        extra: the extra of this package that brings what it imports, empty = none.
+    """
 
     name: str
     description: str
@@ -88,11 +103,23 @@ class RewardInfo:
     scope: Literal["sample", "pair", "group"] = "sample"
     differentiable: bool = False
     batch_size: int = 64
+    direction: Literal["higher", "lower"] = "higher"
+    weights: tuple[str, ...] = ()
+    parameters: int = 0
+    reads: tuple[Literal["prompt", "images", "texts", "metadata"], ...] = ("prompt", "images")
+    metadata: tuple[str, ...] = ()
+    runs_on: Literal["device", "cpu", "network"] = "device"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    extra: str = ""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Anything that scores samples. ``load`` is called once before the first ``score``."""
+    """Anything that scores samples. ``load`` is called once before the first ``score``, and is the only place that touches weights.
+
+    A reward may also have ``to(device)``, which moves its networks (offloading), ``check_prompts(prompts)``, which raises a UserError for the first prompt
+    that it could never score, before any work starts, and ``close()``, which gives back processes and connections.
+    """
 
     info: RewardInfo
 

@@ -1,9 +1,10 @@
 """Rewards: what a run is trained for. One reward per file, found by name through ``rewards.registry``.
 
-A new reward is a file here and one line in ``rewards.registry.REWARDS``; a private one is ``module:attribute`` in the config.
+A new reward is a file here and one line in ``rewards.table.REWARDS``; a private one is ``module:attribute`` in the config.
 """
 
 from rewards.composite import ConstantRewardMonitor, WeightedRewards
-from rewards.registry import REWARDS, FunctionReward, list_rewards, load_reward
+from rewards.registry import FunctionReward, list_rewards, load_reward
+from rewards.table import REWARDS
 
 __all__ = ["REWARDS", "ConstantRewardMonitor", "FunctionReward", "WeightedRewards", "list_rewards", "load_reward"]

@@ -28,17 +28,9 @@ import torch
 from torch import Tensor
 
 from flowrl.types import Reward, RewardInfo, SampleBatch, Scores, UserError
+from rewards.table import REWARDS
 
-__all__ = ["REWARDS", "FunctionReward", "describe_error", "list_rewards", "load_reward", "scene_strict"]
-
-REWARDS: dict[str, str] = {
-    "scene": "rewards.scene:SceneReward",
-    "scene_strict": "rewards.registry:scene_strict",
-    "ink": "rewards.ink:InkReward",
-    "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
-    "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
-}
-"""Name -> ``module:attribute`` of a class or factory that works without arguments. The name is also the name of the metric."""
+__all__ = ["FunctionReward", "describe_error", "list_rewards", "load_reward", "scene_strict"]
 
 ScoringFunction = Callable[[SampleBatch], Tensor | Scores | Sequence[float]]
 

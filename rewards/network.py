@@ -1,0 +1,64 @@
+"""What rewards with a network have in common: lazy loading, device and precision, checks of the pictures, invalid samples.
+
+A reward of this kind gives ``info``, ``build`` and ``measure``; everything else is here.
+Letters: B samples.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores
+from rewards.pictures import pictures_of
+
+__all__ = ["NetworkReward"]
+
+
+class NetworkReward(ABC):
+    """A reward of pictures by a network that a checkpoint is loaded into. Constructors take plain config values, touch no weights and import nothing optional."""
+
+    info: RewardInfo
+    network: nn.Module | None = None
+    device: torch.device
+
+    @abstractmethod
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        """The network with its weights on the CPU in ``dtype``. Heads that the paper computes in float32 keep float32."""
+
+    @abstractmethod
+    def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B] float32 and raw columns [B] of pictures [B, 3, H, W] float32 in [0, 1] on ``self.device``; finite."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the weights, once; a second call only moves them."""
+        if self.network is None:
+            self.network = self.build(dtype).eval().requires_grad_(False)
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the network."""
+        assert self.network is not None, "load comes first"
+        self.network.to(device)
+        self.device = device
+
+    def score(self, batch: SampleBatch) -> Scores:
+        """Scores of pictures [B, 3, H, W] float in [0, 1] of any size; values [B] float32. A picture with NaN or infinite pixels is invalid.
+
+        Raises:
+            UserError: the batch has no RGB pictures in floating point.
+            ValueError: B = 0.
+            RuntimeError: ``load`` was not called.
+        """
+        if self.network is None:
+            raise RuntimeError(f"reward {self.info.name}: load must be called before score")
+        images, valid = pictures_of(self.info.name, batch)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            values, raw = self.measure(images.to(self.device), batch.prompts)
+        values = values.float().cpu().clone()
+        problems = {i: "the picture has NaN or infinite pixels" for i in torch.nonzero(~valid).flatten().tolist()}
+        values[~valid] = torch.nan
+        return Scores(values, valid, {name: torch.where(valid, column.float().cpu(), torch.nan) for name, column in raw.items()}, problems)
