@@ -30,6 +30,7 @@ def disagreements(config: Config) -> Iterator[str]:
         yield from _selection(config)
         yield from _credit(config)
     yield from _history(config)
+    yield from _several_rewards(config)
     yield from _training(config)
 
 
@@ -168,7 +169,7 @@ def _credit(config: Config) -> Iterator[str]:
         yield "credit.integrate: only a granular plan has several granularities to sum over; use mean"
     if credit.integrate == "sum" and credit.backup != "mean":
         yield f"credit.integrate: a sum over granularities and backup: {credit.backup} exclude each other; use one of them"
-    if advantage.aggregate == "advantages" and credit.normalize != "leaf":
+    if advantage.aggregate != "rewards" and credit.normalize != "leaf":
         yield f"advantage.aggregate: {credit.normalize} compares nodes by the weighted sum of the rewards; use aggregate: rewards"
     if credit.backup != "mean" and config.rollout.kernel == "cps":
         yield f"credit.backup: {credit.backup} weighs children by their probability, which the cps kernel does not give; use mean or another kernel"
@@ -180,7 +181,7 @@ def _history(config: Config) -> Iterator[str]:
     advantage = config.advantage
     if advantage.name != "prompt_history":
         return
-    if advantage.aggregate == "advantages":
+    if advantage.aggregate != "rewards":
         yield "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards"
     if advantage.history_least > advantage.history_size:
         yield (
@@ -203,11 +204,40 @@ def _training(config: Config) -> Iterator[str]:
     if (config.model.height is None) != (config.model.width is None):
         yield "model.height and model.width: give both or neither"
     for where, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
-        keys = [(reward.name, sorted(reward.args.items(), key=str)) for reward in rewards]
-        for name in sorted({key[0] for key in keys if keys.count(key) > 1}):
-            yield f"{where}: {name} is listed twice; keep one and set its weight"
+        keys = [reward.key for reward in rewards]
+        for name in sorted({key for key in keys if keys.count(key) > 1}):
+            yield f"{where}: {name} is listed twice; keep one and set its weight, or give each a label"
     if all(reward.weight == 0 for reward in config.rewards):
         yield "rewards: every weight is 0, nothing would be learned; give at least one reward another weight"
+
+
+def _several_rewards(config: Config) -> Iterator[str]:
+    """Hard constraints, optional rewards and weights that change."""
+    weights, weighted = config.reward_weights, [reward for reward in config.rewards if reward.weight != 0]
+    if weighted and all(not reward.required for reward in weighted):
+        yield "rewards: none that has a weight is required, so a sample might have no reward at all; make one of them required"
+    if weights.kind == "fixed":
+        return
+    name = config.objective.name
+    where = f"reward_weights.kind: {weights.kind}"
+    if name in PAIR_NAMES or name in DIRECT_NAMES:
+        yield f"{where} changes advantages, which objective {name} does not use; use fixed"
+    if len(weighted) < 2:
+        yield f"{where} needs at least two rewards that have a weight; use fixed"
+    if weights.kind == "gradient":
+        if any(reward.weight < 0 for reward in weighted):
+            yield f"{where} keeps weights positive; give positive weights, or use fixed"
+        if config.critic is not None or config.advantage.name == "prompt_history":
+            yield f"{where} takes the gradient of each reward alone, which a critic or a history of totals cannot give; leave them out, or use fixed"
+        return
+    if weights.split is not None and weights.split not in config.data.eval:
+        yield f"reward_weights.split: {weights.split} is no prompt set of data.eval; use one of {', '.join(config.data.eval)}"
+    watched = {reward.key for reward in config.evaluation.rewards or config.rewards}
+    for reward in weighted:
+        if reward.key not in watched:
+            yield f"{where} needs every reward in the evaluation; add {reward.key} to evaluation.rewards"
+        if weights.reference is not None and reward.key not in weights.reference:
+            yield f"reward_weights.reference: lacks {reward.key}; give a value for every reward that has a weight"
 
 
 def settings_without_effect(config: Config) -> Iterator[str]:
@@ -240,6 +270,11 @@ def settings_without_effect(config: Config) -> Iterator[str]:
         yield from _changed("advantage", advantage, only=["history_size", "history_least"], why=f"advantage {advantage.name}")
     if config.objective.name == "reinforce":
         yield from _changed("objective", config.objective, only=["dynamic_clip"], why="reinforce, which has no clip")
+    kind = config.reward_weights.kind
+    used = {"hypervolume": ("split", "reference"), "gradient": ("every", "rate"), "fixed": ()}[kind]
+    yield from _changed("reward_weights", config.reward_weights, except_for=("kind", *used), why=f"kind {kind}")
+    if advantage.aggregate == "rewards":
+        yield from _changed("advantage", advantage, only=["std_floor"], why="aggregate rewards")
     if config.layer_tuning.weight == 0:
         yield from _changed("layer_tuning", config.layer_tuning, why="weight 0")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowrl.config import Config
 from flowrl.core.advantages import ADVANTAGES, group_statistics
+from flowrl.core.aggregation import batch_standardised, gate
 from flowrl.core.credit import backup, integrate, layer_advantages, layer_position, sibling_advantages
 from flowrl.core.history import PromptHistory
 from flowrl.core.layer_tuning import progress_weights, rows_of_best, straight_velocity
@@ -24,6 +25,7 @@ from flowrl.core.objectives import dynamic_clip_bounds
 from flowrl.core.preference import PAIR_OBJECTIVES
 from flowrl.core.selection import best_and_worst, contrast_mask, depth_mask, depth_window, edges_of_leaves, fraction_mask, width_mask
 from flowrl.core.transforms import NORMALISED, transform
+from flowrl.reward_weights import RewardWeights
 from flowrl.seeds import generator
 from flowrl.types import Rollout, Scores, UserError
 from samplers.forest import select_edges
@@ -90,10 +92,12 @@ class Assigner:
 
     Args:
         add: a number summed over processes.
+        rewards: their current weights, which others change; None = those of the config.
     """
 
-    def __init__(self, config: Config, add: Callable[[float], float] = float) -> None:
+    def __init__(self, config: Config, add: Callable[[float], float] = float, rewards: RewardWeights | None = None) -> None:
         self.config, self.add = config, add
+        self.rewards = rewards or RewardWeights(config)
         a = config.advantage
         self.history = PromptHistory(a.history_size, a.history_least) if a.name == "prompt_history" else None
         tuned = config.layer_tuning.weight > 0 and config.layer_tuning.target == "best_velocity"
@@ -117,16 +121,16 @@ class Assigner:
             prompts: the prompt of each leaf as a number, here and everywhere; equal texts have equal numbers in every run.
             numbers: this process's group numbers within the iteration; they seed random selections.
         """
-        config, total = self.config, scores["total"]
+        config, total = self.config, self._gated(rollout, scores)
         group, rewards, valid = rollout.row_group[rollout.edge_row], total.values.double(), total.valid
         leaf = self._leaf_advantages(rollout, scores, everywhere, prompts)
         value, known = self._backup(rollout, rewards, valid, "mean" if config.credit.normalize == "leaf" else config.credit.backup)
         clip = config.advantage.clip
         if config.advantage.transform == "identity":
             raw = self._edge_advantages(rollout, leaf, value, known, valid, group)
-            clamped = raw.clamp(-clip, clip)
+            clamped = raw.clamp(-clip, clip) * self.rewards.factor
         else:  # of samples, so that a weight reaches every decision of its sample as it is
-            weights = self.weights(leaf.clamp(-clip, clip), rollout.leaf_group, valid)
+            weights = self.weights(leaf.clamp(-clip, clip) * self.rewards.factor, rollout.leaf_group, valid)
             raw = clamped = self._edge_advantages(rollout, weights, value, known, valid, group)
         low, high = torch.full_like(clamped, config.objective.clip_low), torch.full_like(clamped, config.objective.clip_high)
         if config.objective.dynamic_clip > 0:
@@ -143,7 +147,7 @@ class Assigner:
         tuning = self._tuning(rollout, rollout.edge_row[keep].unique(), rewards, valid) if config.layer_tuning.weight > 0 else None
         sums = {
             "abs_advantage": clamped.abs().sum().item(),
-            "clamped": float((raw != clamped).sum()),
+            "clamped": float((raw.abs() > clip).sum()) if config.advantage.transform == "identity" else 0.0,
             "all": float(len(keep)),
             "kept": kept,
             "tuned": 0.0 if tuning is None else float((tuning.weight > 0).sum()),
@@ -154,10 +158,12 @@ class Assigner:
 
     def samples(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], *, prompts: tuple[Tensor, Tensor]) -> Samples:
         """Advantages of whole samples; arguments as above."""
-        total, clip = scores["total"], self.config.advantage.clip
+        total, clip = self._gated(rollout, scores), self.config.advantage.clip
         raw = self._leaf_advantages(rollout, scores, everywhere, prompts)
         clamped = raw if self.config.advantage.name == "reward" else raw.clamp(-clip, clip)  # a reward has any scale
-        sums = {"abs_advantage": clamped.abs().sum().item(), "clamped": float((raw != clamped).sum()), "all": float(len(raw))}
+        num_clamped = float((raw != clamped).sum())
+        clamped = clamped * self.rewards.factor
+        sums = {"abs_advantage": clamped.abs().sum().item(), "clamped": num_clamped, "all": float(len(raw))}
         pairs = None
         if self.config.objective.name in PAIR_OBJECTIVES:
             pairs = best_and_worst(total.values, rollout.leaf_group, total.valid, int(rollout.leaf_group.max()) + 1)
@@ -176,27 +182,64 @@ class Assigner:
             out = out * (count / total) if total > 0 else out
         return out
 
+    def _satisfied(self, scores: dict[str, Scores]) -> Tensor | None:
+        """[B] bool: samples that keep every hard constraint; None where there is no constraint. One that cannot be scored does not break it."""
+        limits = {reward.key: reward.minimum for reward in self.config.rewards if reward.minimum is not None}
+        if not limits:
+            return None
+        return torch.stack([~(scores[name].values < limit) for name, limit in limits.items()]).all(0)
+
+    def _gated(self, rollout: Rollout, scores: dict[str, Scores]) -> Scores:
+        """The total, where samples that break a constraint rank below all others that they are compared with."""
+        total, satisfied = scores["total"], self._satisfied(scores)
+        if satisfied is None:
+            return total
+        num_sets = int(rollout.leaf_set.max()) + 1
+        values = gate(total.values.double(), satisfied, rollout.leaf_set, total.valid, num_sets)
+        return Scores(values, total.valid)
+
     def _leaf_advantages(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], prompts: tuple[Tensor, Tensor]) -> Tensor:
         """[B] float64, from the total reward or as the weighted sum of each reward's advantage."""
-        a = self.config.advantage
+        a, total, sets = self.config.advantage, self._gated(rollout, scores), rollout.leaf_set
         if self.history is not None:
             here, there = prompts
             self.history.update(there, everywhere["total"].values.double(), everywhere["total"].valid)
             mean, std = self.history.statistics(here)
-            total = scores["total"]
             return torch.where(total.valid, (total.values.double() - mean) / (std + a.eps), 0.0)
-        weights = {"total": 1.0} if a.aggregate == "rewards" else {r.name: r.weight for r in self.config.rewards if r.weight != 0}
-        num_sets = int(rollout.leaf_set.max()) + 1
-        out = torch.zeros(len(rollout.leaf_set), dtype=torch.float64)
-        for name, weight in weights.items():
-            score, every = scores[name], everywhere[name]
-            rewards = every.values[every.valid].double()
-            if not len(rewards):
-                raise UserError(f"reward {name} could score no sample of the iteration; see its own messages")
-            spread = rewards.std(correction=a.ddof) if len(rewards) > a.ddof else torch.zeros(())
-            valid = score.valid & scores["total"].valid
-            out += weight * ADVANTAGES[a.name](score.values.double(), rollout.leaf_set, valid, num_sets, eps=a.eps, ddof=a.ddof, global_spread=spread)
-        return out
+        num_sets = int(sets.max()) + 1
+        if a.aggregate == "rewards":
+            return self._advantages(total, everywhere["total"], "total", sets, total.valid, num_sets)
+        out = torch.zeros(len(sets), dtype=torch.float64)
+        optional = {reward.key for reward in self.config.rewards if not reward.required}
+        for name in self.rewards.names:
+            if name in optional and not bool(everywhere[name].valid.any()):
+                continue
+            valid = scores[name].valid & total.valid
+            out += self.rewards.weights[name] * self._advantages(scores[name], everywhere[name], name, sets, valid, num_sets)
+        satisfied = self._satisfied(scores)
+        if satisfied is not None:
+            out = gate(out, satisfied, sets, total.valid, num_sets)
+        return out if a.aggregate == "advantages" else self._standardised(out, total.valid)
+
+    def _advantages(self, score: Scores, everywhere: Scores, name: str, sets: Tensor, valid: Tensor, num_sets: int) -> Tensor:
+        """[B] float64 of one reward."""
+        a = self.config.advantage
+        rewards = everywhere.values[everywhere.valid].double()
+        if not len(rewards):
+            raise UserError(f"reward {name} could score no sample of the iteration; see its own messages")
+        spread = rewards.std(correction=a.ddof) if len(rewards) > a.ddof else torch.zeros(())
+        eps = a.eps + (0.0 if name == "total" else a.std_floor * float(spread))
+        return ADVANTAGES[a.name](score.values.double(), sets, valid, num_sets, eps=eps, ddof=a.ddof, global_spread=spread)
+
+    def _standardised(self, advantages: Tensor, valid: Tensor) -> Tensor:
+        """GDPO: over the samples of all processes."""
+        a, known = self.config.advantage, advantages[valid]
+        count = self.add(float(len(known)))
+        if count <= a.ddof:
+            return advantages
+        mean = self.add(float(known.sum())) / count
+        std = (self.add(float((known - mean).square().sum())) / (count - a.ddof)) ** 0.5
+        return batch_standardised(advantages, valid, mean=mean, std=std, eps=a.eps)
 
     def _backup(self, rollout: Rollout, values: Tensor, valid: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
         elements = rollout.row_x[0].numel() if self.config.rollout.log_prob_reduction == "sum" else 1

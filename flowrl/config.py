@@ -100,8 +100,34 @@ class DataConfig(_Section):
 
 class RewardConfig(_Section):
     name: Text = Field(description="a registered reward, or module:attribute")
-    weight: Float = 1.0
+    label: Text | None = Field(None, description="its name in metrics and messages, so that one reward can be used twice; null = `name`")
+    weight: Float = Field(1.0, description="in the total; 0 = only watch it")
     args: dict[str, Any] = {}
+    device: Text | None = Field(None, description="where its networks are, such as cpu or cuda:1; null = where the policy is")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of its networks; null = the reward's own choice, float32 on a CPU")
+    batch_size: PositiveInt | None = Field(
+        None, description="samples a call; null = the reward's own choice; halved for good when the device's memory runs out"
+    )
+    offload: Flag = Field(False, description="keep its networks in host memory while the policy samples and trains")
+    required: Flag = Field(True, description="false: a sample that it cannot score is trained with the other rewards instead of being left out")
+    minimum: Float | None = Field(None, description="a hard constraint: samples below it rank under all others of their group, whatever else they score")
+
+    @property
+    def key(self) -> str:
+        """Its name in metrics."""
+        return self.label or self.name
+
+
+class RewardWeightsConfig(_Section):
+    """Weights of several rewards that change during training, see flowrl/reward_weights.py."""
+
+    kind: Literal["fixed", "hypervolume", "gradient"] = Field(
+        "fixed", description="hypervolume: all advantages are scaled by what the last evaluation added to the Pareto front; gradient: mirror descent"
+    )
+    split: Text | None = Field(None, description="hypervolume: the prompt set of `data.eval` that counts; null = the first")
+    reference: dict[str, Float] | None = Field(None, description="hypervolume: reward -> the value above which volume counts; null = the base model's")
+    every: PositiveInt = Field(5, description="gradient: iterations between updates of the weights, each at the price of a training pass for every reward")
+    rate: PositiveFloat = Field(1.0, description="gradient: step of the mirror descent, the learning rate over the regularisation mu")
 
 
 class WindowConfig(_Section):
@@ -195,8 +221,12 @@ class AdvantageConfig(_Section):
     ddof: Literal[0, 1] = 0
     eps: PositiveFloat = 1e-4
     clip: PositiveFloat = 5.0
-    aggregate: Literal["rewards", "advantages"] = Field(
-        "rewards", description="several rewards: weighted sum before the advantage, or an advantage of each and the weighted sum of these"
+    aggregate: Literal["rewards", "advantages", "gdpo"] = Field(
+        "rewards",
+        description="several rewards: weighted sum before the advantage; an advantage of each and the weighted sum; or that, standardised over the iteration",
+    )
+    std_floor: NonNegativeFloat = Field(
+        0.0, description="aggregate advantages or gdpo: share of a reward's spread over the iteration that is added to that of each group, against noise"
     )
     history_size: PositiveInt = Field(16, description="prompt_history: rewards remembered for each prompt")
     history_least: PositiveInt = Field(16, description="prompt_history: below so many, mean and std of all rewards of the iteration are used")
@@ -368,6 +398,9 @@ class TrainingConfig(_Section):
     checkpoint_every: PositiveInt = 25
     keep_checkpoints: PositiveInt = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_invalid_share: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.05, description="share of an iteration's samples without a score above which the run stops"
+    )
 
 
 class EvaluationConfig(_Section):
@@ -406,6 +439,7 @@ class Config(_Section):
     anchor: AnchorConfig = AnchorConfig()
     critic: CriticConfig | None = None
     direct: DirectConfig = DirectConfig()
+    reward_weights: RewardWeightsConfig = RewardWeightsConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     credit: CreditConfig = CreditConfig()
     selection: SelectionConfig = SelectionConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from flowrl.seeds import generator
 from flowrl.statistics import mean_ci95
 from flowrl.tracking import replace_file
 from flowrl.types import Prompt, SampleBatch, UserError
-from rewards.composite import WeightedRewards
+from rewards.composite import Entry, WeightedRewards
 from rewards.registry import load_reward
 from samplers.rollout import sample_ode
 from samplers.schedules import sigma_grid
@@ -38,15 +38,34 @@ __all__ = ["Evaluation", "Evaluator", "build_rewards", "evaluate_run", "grid_of"
 _PAD = 2
 
 
-def build_rewards(entries: Sequence[RewardConfig]) -> WeightedRewards:
-    """Rewards by name or import string, with their weights; loaded on the CPU.
+def build_rewards(entries: Sequence[RewardConfig], *, share: Sequence[RewardConfig] = (), of: WeightedRewards | None = None) -> WeightedRewards:
+    """Rewards by name or import string, with their weights; still to be loaded.
 
+    Args:
+        share: configs of the rewards ``of``; where an entry asks for the same reward as one of these, it is that one, so that no network is loaded twice.
     Raises:
-        UserError: a reward is unknown, cannot be imported, or does not take its arguments.
+        UserError: a reward is unknown, cannot be imported, or does not take its arguments; or a device is none.
     """
-    rewards = WeightedRewards([(entry.name, entry.weight, load_reward(entry.name, entry.args)) for entry in entries])
-    rewards.load(torch.device("cpu"), torch.float32)
-    return rewards
+    same = ("name", "args", "device", "dtype")
+    found = []
+    for config in entries:
+        twin = next((other for other in share if all(getattr(other, key) == getattr(config, key) for key in same)), None)
+        reward = load_reward(config.name, config.args) if twin is None or of is None else of.entry_of(twin.key).reward
+        dtype = None if config.dtype is None else getattr(torch, config.dtype)
+        found.append(Entry(config.key, config.weight, reward, _device(config), dtype, config.batch_size, config.offload, config.required))
+    return WeightedRewards(found, beside=of)
+
+
+def _device(config: RewardConfig) -> torch.device | None:
+    if config.device is None:
+        return None
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise UserError(f"reward {config.key}: '{config.device}' is no device; write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"reward {config.key}: this machine has no {device}; it has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def sigmas_of(rollout: RolloutConfig, num_steps: int, policy: Sd3Policy) -> tuple[float, ...]:
@@ -96,17 +115,15 @@ class Evaluator:
     def __call__(self, split: str, num_images: int, guidance_scale: float, grid_images: int) -> Evaluation:
         """Evaluate ``num_images`` images of a prompt set; the same result on every process."""
         prompts = [self.splits[split][i % len(self.splits[split])] for i in range(num_images)]
-        mine = list(range(self.accelerator.process_index, num_images, self.accelerator.num_processes))
         found: list[tuple[int, dict[str, float], Tensor | None]] = []
         velocity = self.policy.velocity(guidance_scale)
-        size = self.policy.rows_per_forward
-        for start in range(0, len(mine), size):
-            chunk = mine[start : start + size]
+        for chunk in self._chunks(num_images, len(self.splits[split])):
             noise = torch.stack([torch.randn(self.policy.latent_shape, generator=generator("eval", self.seed, split, i)) for i in chunk])
             texts = [prompts[i].text for i in chunk]
             latents = sample_ode(velocity, noise.to(self.policy.device), self.sigmas, self.policy.prompt_rows(texts))
             images = self.policy.decode(latents)
-            scores = self.rewards.score(SampleBatch([prompts[i] for i in chunk], images=images))
+            group = torch.tensor(chunk) % len(self.splits[split]) if self.rewards.compares else None
+            scores = self.rewards.score(SampleBatch([prompts[i] for i in chunk], images=images, group=group))
             values = {name: scores[name].values.tolist() for name in self.rewards.names}  # their weighted sum is no measurement
             for j, i in enumerate(chunk):
                 found.append((i, {name: column[j] for name, column in values.items()}, images[j] if i < grid_images else None))
@@ -115,7 +132,25 @@ class Evaluator:
         found.sort(key=lambda item: item[0])
         scores_by_name = {name: torch.tensor([row[1][name] for row in found]) for name in found[0][1]}
         pictures = [row[2] for row in found if row[2] is not None]
+        self.rewards.rest()
         return Evaluation(prompts, scores_by_name, torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1))
+
+    def _chunks(self, num_images: int, num_prompts: int) -> Iterator[list[int]]:
+        """This process's images, as many at a time as fit. Where a reward compares samples, all images of a prompt are together, whatever the sizes."""
+        rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.policy.rows_per_forward
+        if not self.rewards.compares:
+            mine = list(range(rank, num_images, world))
+            yield from (mine[start : start + size] for start in range(0, len(mine), size))
+            return
+        chunk: list[int] = []
+        for prompt in range(rank, min(num_prompts, num_images), world):
+            images = list(range(prompt, num_images, num_prompts))
+            if chunk and len(chunk) + len(images) > size:
+                yield chunk
+                chunk = []
+            chunk += images
+        if chunk:
+            yield chunk
 
 
 def png_of(pixels: Tensor) -> bytes:
@@ -190,7 +225,10 @@ def evaluate_run(
     prompts = {name: load_prompts(config.data.eval[name]) for name in (splits or config.data.eval)}
     scorer = build_rewards(entries)
     rows: list[dict[str, object]] = []
+    for asked in prompts.values():
+        scorer.check_prompts(asked)
     accelerator = make_accelerator(config.training.device)
+    scorer.load(accelerator.device)
     policy = Sd3Policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
     sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
     evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)

@@ -152,7 +152,7 @@ def _direct(config: Config) -> Iterator[str]:
 def _pairs_file(config: Config) -> Iterator[str]:
     if config.likelihood != "matching" and config.objective.name not in DIRECT_NAMES:
         yield "data.pairs: stored samples have no SDE steps; set likelihood: matching"
-    if config.advantage.aggregate == "advantages":
+    if config.advantage.aggregate != "rewards":
         yield "advantage.aggregate: stored pairs have no rewards of which each could have an advantage; use aggregate: rewards"
     if config.rollout.group_size != 2:
         yield f"rollout.group_size: a stored pair is a group of 2, not of {config.rollout.group_size}; set rollout.group_size: 2"

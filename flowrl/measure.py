@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -142,10 +143,14 @@ class _Stopwatch:
 
     def __init__(self, rewards: WeightedRewards) -> None:
         self._rewards = rewards
+        self._pool = ThreadPoolExecutor(1)
         self.seconds, self.pictures = 0.0, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rewards, name)
+
+    def submit(self, batch: SampleBatch) -> Future[dict[str, Scores]]:
+        return self._pool.submit(self.score, batch)
 
     def score(self, batch: SampleBatch) -> dict[str, Scores]:
         started = time.perf_counter()

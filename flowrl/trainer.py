@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -36,6 +35,7 @@ from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows
 from flowrl.policies.ema import Ema, OldPolicy
 from flowrl.policies.sd3 import NetworkRows, Sd3Policy
 from flowrl.processes import make_accelerator
+from flowrl.reward_weights import RewardWeights
 from flowrl.rollout_log import SavedRollout
 from flowrl.seeds import derive_seed, generator
 from flowrl.tracking import RunLogger, explain_full_disk
@@ -47,7 +47,8 @@ from flowrl.updates.minimum import least_rows, units_of_samples
 from flowrl.updates.noised import NoisedSamples
 from flowrl.updates.pairs import PairUpdate, needs_reference
 from flowrl.updates.transition import TransitionUpdate
-from rewards.composite import ConstantRewardMonitor
+from rewards.composite import ConstantRewardMonitor, Pending, WeightedRewards
+from rewards.composite import join_scores as join_parts
 from samplers.forest import concatenate, leaves_only
 from samplers.kernels import check_noise_level, load_kernel
 from samplers.plans import Plan
@@ -76,10 +77,7 @@ class Trainer:
         self.pairs = load_pairs(config.data.pairs) if config.data.pairs is not None else None
         self.prompts = load_prompts(config.data.train) if self.pairs is None else self.pairs.prompts
         self.splits = {name: load_prompts(path) for name, path in config.data.eval.items()}
-        self.rewards = build_rewards(config.rewards)
-        if config.objective.name in DIRECT_OBJECTIVES:
-            self.rewards.require_differentiable()
-        eval_rewards = build_rewards(config.evaluation.rewards) if config.evaluation.rewards else self.rewards
+        self.rewards, eval_rewards = self._load_rewards()
         rows, keep = config.training.rows_per_forward, needs_reference(config)
         self.policy = Sd3Policy(config.model, self.accelerator.device, rows_per_forward=rows, keep_reference=keep)
         self.policy.training_module = self.accelerator.prepare(self.policy.transformer)
@@ -87,7 +85,8 @@ class Trainer:
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
         self.shift = self.policy.scheduler_shift if config.rollout.shift is None else config.rollout.shift
         self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction)
-        self.assigner = Assigner(config, self._sum)
+        self.reward_weights = RewardWeights(config)
+        self.assigner = Assigner(config, self._sum, self.reward_weights)
         self.sampler = GroupSampler(len(self.prompts), config.rollout.groups_per_iteration, config.seed)
         self.parameters = self.policy.trainable()
         o = config.optimizer
@@ -121,6 +120,21 @@ class Trainer:
         self._check_updates()
         if self.pairs is not None:
             self._check_pairs()
+
+    def _load_rewards(self) -> tuple[WeightedRewards, WeightedRewards]:
+        """Those of training and those of evaluation, which share what is the same, after a look at all prompts."""
+        config = self.config
+        rewards = build_rewards(config.rewards)
+        if config.objective.name in DIRECT_OBJECTIVES:
+            rewards.require_differentiable()
+        eval_rewards = build_rewards(config.evaluation.rewards, share=config.rewards, of=rewards) if config.evaluation.rewards else rewards
+        if self.pairs is None:
+            rewards.check_prompts(self.prompts)
+        for split in self.splits.values():
+            eval_rewards.check_prompts(split)
+        for each in (rewards, eval_rewards):
+            each.load(self.accelerator.device)
+        return rewards, eval_rewards
 
     def _check_pairs(self) -> None:
         """Every pair that the run will train on is read once before, each process its share; a bad one stops all processes."""
@@ -199,9 +213,10 @@ class Trainer:
         prompts = [self.prompts[indices[g]] for g in mine]
         plan = self.plan(iteration)
         if self.pairs is None:
-            rollout, futures = self.roll_out(plan, prompts, mine, iteration)
+            rollout, pending = self.roll_out(plan, prompts, mine, iteration)
             sampled = time.perf_counter()
-            scores = join_scores([future.result() for future in futures])
+            scores = join_scores([part.result() for part in pending])
+            self.rewards.rest()
         else:
             rollout, scores = self.read_pairs([indices[g] for g in mine])
             sampled = time.perf_counter()
@@ -209,20 +224,28 @@ class Trainer:
         every = self.config.logging.rollouts_every
         self.sampled = self._gather(iteration, rollout, scores, prompts, mine) if every is not None and iteration % every == 0 else None
         assignment, metrics = self.assign(plan, rollout, scores, indices, mine, iteration)
+        measured = NetworkRows(rows.forward, rows.backward)
+        if self.reward_weights.due(iteration):
+            self.reward_weights.learn(self._reward_gradients(plan, rollout, scores, prompts, mine, iteration))
+            self.rewards.weights = self.reward_weights.weights
+        measured = NetworkRows(rows.forward - measured.forward, rows.backward - measured.backward)
         meters = self.update(plan, assignment, prompts, mine, iteration)
         finished = time.perf_counter()
         if self.old_policy is not None:
             self.old_policy.update(iteration, self.num_updates)
 
         self.images += len(indices) * len(plan.leaves) if self.pairs is None else 0
-        used_forward = int(self._sum(rows.forward - before.forward))
-        used_backward = int(self._sum(rows.backward - before.backward))
-        self.rows_total += used_forward + used_backward
+        used_forward = int(self._sum(rows.forward - before.forward - measured.forward))
+        used_backward = int(self._sum(rows.backward - before.backward - measured.backward))
+        of_weights = int(self._sum(measured.forward + measured.backward))
+        self.rows_total += used_forward + used_backward + of_weights
         values: dict[str, Any] = {"iteration": iteration, **metrics, **meters}
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["nfe/forward"], values["nfe/backward"] = used_forward, used_backward
         values["nfe/used"] = used_forward + used_backward
         values["nfe/minimum"] = self.minimum_nfe(assignment, len(indices), iteration, self.idle_rows - idle_before, metrics["reward/invalid"] == 0)
+        if self.config.reward_weights.kind == "gradient":
+            values["nfe/reward_weights"] = of_weights
         values["nfe/total"], values["images"] = self.rows_total, self.images
         seconds = {"rollout": sampled - started, "reward_wait": scored - sampled, "train": finished - scored, "total": finished - started}
         self.elapsed += seconds["total"]
@@ -266,36 +289,32 @@ class Trainer:
         rewards = torch.tensor([1.0, 0.0]).repeat(len(indices))
         return leaves_only(latents, torch.arange(len(indices)).repeat_interleave(2)), {"total": Scores(rewards, torch.ones(len(rewards), dtype=torch.bool))}
 
-    def roll_out(self, plan: Plan, prompts: list[Prompt], numbers: list[int], iteration: int) -> tuple[Rollout, list[Future[dict[str, Scores]]]]:
-        """Sample this process's groups. While one chunk of groups is sampled, the rewards of the chunk before are computed in a thread."""
+    def roll_out(self, plan: Plan, prompts: list[Prompt], numbers: list[int], iteration: int) -> tuple[Rollout, list[Pending]]:
+        """Sample this process's groups. While one chunk of groups is sampled, the rewards of those before are computed in threads, or elsewhere."""
         config = self.config
         prompt_rows = self.policy.prompt_rows([p.text for p in prompts])
         velocity = self.policy.velocity(config.rollout.guidance_scale)
         chunk = max(1, config.training.rows_per_forward // max(len(wave) for wave in plan.waves))
         parts: list[Rollout] = []
-        futures: list[Future[dict[str, Scores]]] = []
-        pool = ThreadPoolExecutor(1)
-        try:
-            with self._sampling_policy():
-                for start in range(0, len(prompts), chunk):
-                    stop = min(start + chunk, len(prompts))
-                    part = execute(
-                        velocity,
-                        plan,
-                        prompt_rows[start:stop],
-                        [generator(config.seed, "noise", iteration, g) for g in numbers[start:stop]],
-                        self.policy.latent_shape,
-                        device=self.policy.device,
-                        reduction=config.rollout.log_prob_reduction,
-                        keep_velocity=self.assigner.keep_velocity,
-                    )
-                    parts.append(part)
-                    shown = [prompts[start + g] for g in part.leaf_group.tolist()]
-                    batch = SampleBatch(shown, images=self.policy.decode(part.leaves), group=part.leaf_group + start)
-                    futures.append(pool.submit(self.rewards.score, batch))
-        finally:
-            pool.shutdown(wait=False)  # the caller waits for the futures
-        return concatenate(parts), futures
+        pending: list[Pending] = []
+        with self._sampling_policy():
+            for start in range(0, len(prompts), chunk):
+                stop = min(start + chunk, len(prompts))
+                part = execute(
+                    velocity,
+                    plan,
+                    prompt_rows[start:stop],
+                    [generator(config.seed, "noise", iteration, g) for g in numbers[start:stop]],
+                    self.policy.latent_shape,
+                    device=self.policy.device,
+                    reduction=config.rollout.log_prob_reduction,
+                    keep_velocity=self.assigner.keep_velocity,
+                )
+                parts.append(part)
+                shown = [prompts[start + g] for g in part.leaf_group.tolist()]
+                batch = SampleBatch(shown, images=self.policy.decode(part.leaves), group=part.leaf_group + start)
+                pending.append(self.rewards.submit(batch))
+        return concatenate(parts), pending
 
     def _gather(self, iteration: int, rollout: Rollout, scores: dict[str, Scores], prompts: Sequence[Prompt], numbers: Sequence[int]) -> SavedRollout:
         """The samples of all processes, in the order of their groups."""
@@ -328,9 +347,8 @@ class Trainer:
             gathered = gather_object([(scores, here)])
             everywhere, there = join_scores([part for part, _ in gathered]), torch.cat([numbers for _, numbers in gathered])
         self.monitor.update(everywhere)
+        self._check_valid(everywhere["total"], iteration)
         total, valid = scores["total"], everywhere["total"].valid
-        if not bool(valid.any()):
-            raise UserError("no sample of the iteration could be scored; see the rewards' own messages")
         assignment: Assignment | Samples
         if trains_steps(self.config):
             assignment = self.assigner(plan, rollout, scores, everywhere, prompts=(here, there), numbers=mine, iteration=iteration)
@@ -343,6 +361,19 @@ class Trainer:
             values = score.values[score.valid].double()
             metrics[f"reward/{name}/mean"] = values.mean().item() if len(values) else None
             metrics[f"reward/{name}/std"] = values.std(correction=0).item() if len(values) else None
+            for column, numbers in score.raw.items():
+                known = numbers[numbers.isfinite()].double()
+                metrics[f"reward/{name}/{column}"] = known.mean().item() if len(known) else None
+        if len(everywhere) > 2:
+            metrics |= {f"reward/{name}/invalid": int((~score.valid).sum()) for name, score in everywhere.items() if name != "total"}
+        for reward in self.config.rewards:
+            if reward.minimum is not None and reward.key in everywhere:
+                known = everywhere[reward.key].values[everywhere[reward.key].valid]
+                metrics[f"reward/{reward.key}/satisfied"] = (known >= reward.minimum).double().mean().item() if len(known) else None
+        if self.config.reward_weights.kind == "gradient":
+            metrics |= {f"reward/{name}/weight": weight for name, weight in self.reward_weights.weights.items()}
+        elif self.config.reward_weights.kind == "hypervolume":
+            metrics["advantage/factor"] = self.reward_weights.factor
         metrics["reward/invalid"] = int((~valid).sum())
         metrics["reward/zero_std_groups"] = int(self._sum(int(((std == 0) | (count < 2)).sum())))
         sums = {name: self._sum(value) for name, value in assignment.sums.items()}
@@ -355,6 +386,39 @@ class Trainer:
         if isinstance(assignment, Samples) and assignment.pairs is not None:
             metrics["pair/count"] = int(self._sum(0.0 if assignment.placeholder else float(len(assignment.pairs))))
         return assignment, metrics
+
+    def _check_valid(self, total: Scores, iteration: int) -> None:
+        """Too many samples without a score stop the run, on every process alike."""
+        lost, limit = int((~total.valid).sum()), self.config.training.max_invalid_share
+        if lost <= limit * len(total.valid) and bool(total.valid.any()):
+            return
+        first = f" The first: {total.problems[min(total.problems)]}." if total.problems else ""
+        raise UserError(
+            f"{lost} of the {len(total.valid)} samples of iteration {iteration} could not be scored, more than training.max_invalid_share = {limit:g} allows."
+            f"{first} The last checkpoint is kept; mend the reward, or mark it `required: false` where another one can stand in"
+        )
+
+    def _reward_gradients(self, plan: Plan, rollout: Rollout, scores: dict[str, Scores], prompts: list[Prompt], numbers: list[int], iteration: int) -> Tensor:
+        """[K, P] the policy gradient of each reward that has a weight, from its own advantages; the policy stays as it is."""
+        everywhere, found = scores, []
+        if self.accelerator.num_processes > 1:
+            everywhere = join_scores(gather_object([scores]))
+        assigner = Assigner(self.config.model_copy(update={"rewards": self.config.rewards[:1]}), self._sum)
+        for name in self.reward_weights.names:
+            here, there = ({"total": Scores(part[name].values, part[name].valid & part["total"].valid)} for part in (scores, everywhere))
+            nobody = torch.zeros(0, dtype=torch.int64)
+            if trains_steps(self.config):
+                one: Assignment | Samples = assigner(plan, rollout, here, there, prompts=(nobody, nobody), numbers=numbers, iteration=iteration)
+            else:
+                one = assigner.samples(rollout, here, there, prompts=(nobody, nobody))
+            update, _ = self.material(plan, one, prompts, numbers, iteration)
+            assert update is not None
+            units = torch.arange(len(update.unit_group))
+            update.prepare([units])
+            self.backward(update, units, len(prompts), first=False)
+            found.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]))
+            self.optimizer.zero_grad()
+        return torch.stack(found)
 
     def update(self, plan: Plan, assignment: Assignment | Samples, prompts: list[Prompt], numbers: list[int], iteration: int) -> dict[str, Any]:
         """Optimiser updates on this process's decisions; gradients are averaged over all processes' decisions."""
@@ -444,7 +508,12 @@ class Trainer:
         return [torch.nonzero(part == u).squeeze(1) for u in range(num_updates)]
 
     def step(self, update: Update, units: Tensor, num_groups: int, *, first: bool) -> None:
-        """One optimiser update on some units, in micro-batches."""
+        """One optimiser update on some units; none where no process has anything to learn from."""
+        if self.backward(update, units, num_groups, first=first):
+            self._apply_gradients(update.meters)
+
+    def backward(self, update: Update, units: Tensor, num_groups: int, *, first: bool) -> bool:
+        """The gradient of some units, in micro-batches. False: no process has anything to learn from, and there is no gradient."""
         config = self.config
         member = torch.zeros(len(update.unit_group), dtype=torch.bool)
         member[units] = True
@@ -455,7 +524,7 @@ class Trainer:
             weight[chosen] = REDUCTIONS[config.objective.reduction](update.unit_group[update.decision_unit[chosen]], num_groups)
         total, total_units = self._sum(float(weight.sum())), self._sum(0.0 if idle else float(len(units)))
         if total == 0:
-            return  # nothing to learn from on any process: the weights and the optimiser stay as they are
+            return False  # the weights and the optimiser stay as they are
         if idle:  # the other processes wait for this one in their backward pass: one unit, without weight
             units = torch.zeros(1, dtype=torch.int64)
             self.idle_rows += update.rows_per_unit
@@ -466,7 +535,7 @@ class Trainer:
             last = number == len(chunks) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.training_module):
                 self.accelerator.backward(update.loss(chunk, weights, first=first, idle=idle))
-        self._apply_gradients(update.meters)
+        return True
 
     def _apply_gradients(self, meters: Meters) -> None:
         o = self.config.optimizer
@@ -505,7 +574,10 @@ class Trainer:
                     if self.accelerator.is_main_process and keep:
                         with explain_full_disk(logger.run_dir):
                             save_grid(logger.run_dir / "samples" / f"iteration_{iteration:06d}", split, result)
-                    for reward, (mean, ci95, n) in result.summary(len(prompts)).items():
+                    summary = result.summary(len(prompts))
+                    if scale == guidance_scales[0]:
+                        self.reward_weights.evaluated(split, {name: mean for name, (mean, _, _) in summary.items()})
+                    for reward, (mean, ci95, n) in summary.items():
                         row = {"iteration": iteration, "split": split, "policy": policy, "guidance_scale": scale, "reward": reward}
                         rows.append({**row, "mean": mean, "ci95": ci95, "n": n})
         for record in rows:
@@ -522,6 +594,7 @@ class Trainer:
             "old_policy": None if self.old_policy is None else self.old_policy.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
             "monitor": self.monitor.state_dict(),
+            "reward_weights": self.reward_weights.state_dict(),
             "assigner": self.assigner.state_dict(),
             "random": states,
             "counters": {"num_updates": self.num_updates, "images": self.images, "rows_total": self.rows_total, "elapsed": self.elapsed},
@@ -546,6 +619,9 @@ class Trainer:
                 part.load_state_dict(state[name])
         self.monitor.load_state_dict(state["monitor"])
         self.assigner.load_state_dict(state.get("assigner"))
+        if "reward_weights" in state and self.config.reward_weights.kind != "fixed":
+            self.reward_weights.load_state_dict(state["reward_weights"])
+            self.rewards.weights = self.reward_weights.weights
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
         else:
@@ -555,12 +631,5 @@ class Trainer:
 
 
 def join_scores(parts: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
-    """Scores of several batches as one."""
-    return {
-        name: Scores(
-            torch.cat([p[name].values for p in parts]),
-            torch.cat([p[name].valid for p in parts]),
-            {key: torch.cat([p[name].raw[key] for p in parts]) for key in parts[0][name].raw},
-        )
-        for name in parts[0]
-    }
+    """Scores of several batches, reward by reward, as one."""
+    return {name: join_parts([part[name] for part in parts]) for name in parts[0]}

@@ -5,9 +5,13 @@ Letters: B samples.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,67 +19,169 @@ from torch import Tensor
 from flowrl.types import Prompt, Reward, SampleBatch, Scores, UserError
 from rewards.registry import describe_error
 
-__all__ = ["ConstantRewardMonitor", "WeightedRewards"]
+__all__ = ["ConstantRewardMonitor", "Entry", "Pending", "WeightedRewards", "join_scores"]
 
+_LOGGER = logging.getLogger(__name__)
 _TOTAL = "total"
+_NETWORK_THREADS = 16
+"""Batches of network rewards under way at a time; each reward bounds its own requests."""
+
+
+class Entry(NamedTuple):
+    """One of several rewards.
+
+    Attributes:
+        name: in metrics and messages. weight: finite; 0 means "only watch it".
+        device, dtype, batch_size: None = the device of the run, and what the reward says of itself.
+        offload: its networks wait on the CPU while no batch is scored, see `WeightedRewards.rest`.
+        required: a sample that it cannot score is left out; else the total of that sample is that of the other rewards.
+    """
+
+    name: str
+    weight: float
+    reward: Reward
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    batch_size: int | None = None
+    offload: bool = False
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Scores under way, see `WeightedRewards.submit`."""
+
+    owner: WeightedRewards
+    batch: SampleBatch
+    parts: Sequence[Future[dict[str, Scores]]]
+
+    def result(self) -> dict[str, Scores]:
+        """Wait for them. Raises what `WeightedRewards.score` raises."""
+        found = {name: scores for part in self.parts for name, scores in part.result().items()}
+        return self.owner.with_total({name: found[name] for name in self.owner.names}, self.batch)
 
 
 class WeightedRewards:
     """A weighted sum of rewards.
 
-    total = sum_k weight_k value_k, added up in float64 and given as float32. A sample is valid in the total when it is valid in every
-    reward, those of weight 0 included.
+    total = sum_k weight_k value_k, added up in float64 and given as float32. A sample is valid in the total when it is valid in every required
+    reward, those of weight 0 included, and in one that has a weight; a reward that is not required adds nothing to a sample that it cannot score.
 
     Args:
-        rewards: (name, weight, reward) each. The names are distinct and not "total"; the weights are finite, and 0 means "only watch it".
+        rewards: entries, or tuples (name, weight, reward). The names are distinct and not "total".
+        beside: others that are loaded first; a reward object that is also among them is not loaded twice.
     Raises:
         UserError: no reward, a name twice, a name that is taken, a weight that is not finite, a batch size below 1.
     """
 
-    def __init__(self, rewards: Sequence[tuple[str, float, Reward]]) -> None:
+    def __init__(self, rewards: Sequence[Entry | tuple[str, float, Reward]], *, beside: WeightedRewards | None = None) -> None:
+        self._beside = beside
         if not rewards:
             raise UserError("no reward is given; list at least one under `rewards`")
-        names = [name for name, _, _ in rewards]
-        for name, weight, reward in rewards:
+        self._entries = tuple(Entry(*entry) for entry in rewards)
+        names = [entry.name for entry in self._entries]
+        for name, weight, reward, *_ in self._entries:
             if name == _TOTAL:
                 raise UserError("a reward cannot be called 'total', the name of the weighted sum; choose another name")
             if names.count(name) > 1:
-                raise UserError(f"reward {name} is listed {names.count(name)} times; keep one entry with the sum of the weights, or rename")
+                raise UserError(f"reward {name} is listed {names.count(name)} times; keep one entry with the sum of the weights, or give each a label")
             if not math.isfinite(weight):
                 raise UserError(f"reward {name} has the weight {weight}; give a finite number")
             if reward.info.batch_size < 1:
                 raise UserError(f"reward {name} declares a batch size of {reward.info.batch_size}; give 1 or more")
-        self._rewards = tuple(rewards)
-        self._device: torch.device | None = None
+        self._weights = {entry.name: entry.weight for entry in self._entries}
+        self._sizes = {entry.name: entry.batch_size for entry in self._entries}
+        self._devices: dict[str, torch.device] = {}
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the rewards, in their order, without "total"."""
-        return tuple(name for name, _, _ in self._rewards)
+        return tuple(entry.name for entry in self._entries)
 
     @property
     def weights(self) -> dict[str, float]:
         """Name -> weight."""
-        return {name: weight for name, weight, _ in self._rewards}
+        return dict(self._weights)
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+    @weights.setter
+    def weights(self, weights: Mapping[str, float]) -> None:
+        self._weights = {name: float(weights[name]) for name in self.names}
+
+    @property
+    def compares(self) -> bool:
+        """Whether a reward looks at several samples of a prompt together."""
+        return any(entry.reward.info.scope != "sample" for entry in self._entries)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Find, before any work starts, a prompt that a reward could never score.
+
+        Raises:
+            UserError: the prompt lacks metadata that a reward needs, or the reward itself says what is wrong.
+        """
+        for name, _, reward, *_ in self._entries:
+            for key in reward.info.metadata:
+                if lacking := [prompt for prompt in prompts if key not in prompt.metadata]:
+                    count = f"{len(lacking)} of {len(prompts)} prompts lack it, the first is"
+                    raise UserError(f"reward {name} needs `{key}` in the metadata of every prompt; {count} {_quote(lacking[0])}")
+            check = getattr(reward, "check_prompts", None)
+            if check is not None:
+                check(prompts)
+
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Load every reward; called once before the first ``score``.
 
+        Args:
+            device: for rewards that neither their entry nor their own nature puts elsewhere.
+            dtype: for all whose entry gives none; None = float32 on a CPU, on other devices what the reward says of itself.
         Raises:
             UserError: a reward cannot be loaded; the message names it.
         """
-        for name, _, reward in self._rewards:
+        for entry in self._entries:
+            name, info = entry.name, entry.reward.info
+            where = entry.device or (device if info.runs_on == "device" else torch.device("cpu"))
+            kind = entry.dtype or dtype or (torch.float32 if where.type == "cpu" else getattr(torch, info.dtype))
+            loaded = self._beside._device_of(entry.reward) if self._beside is not None else None
+            if loaded is not None:
+                self._devices[name] = loaded
+                continue
             try:
-                reward.load(device, dtype)
+                entry.reward.load(where, kind)
             except Exception as error:
                 raise UserError(f"reward {name} could not be loaded: {_reason(name, error)}") from error
-        self._device = device
+            self._devices[name] = where
+        self.rest()
+
+    def _device_of(self, reward: Reward) -> torch.device | None:
+        """Where a reward object was loaded; None where it is not among these, or not loaded."""
+        return next((self._devices.get(entry.name) for entry in self._entries if entry.reward is reward), None)
+
+    def entry_of(self, name: str) -> Entry:
+        """The entry of that name."""
+        return next(entry for entry in self._entries if entry.name == name)
+
+    def rest(self) -> None:
+        """Move the networks of rewards with ``offload`` to the CPU; the next ``score`` brings them back."""
+        for entry in self._entries:
+            move = getattr(entry.reward, "to", None)
+            if entry.offload and move is not None:
+                move(torch.device("cpu"))
+
+    def close(self) -> None:
+        """Give back threads, processes and connections. It can be loaded again."""
+        for pool in self._pools or ():
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._pools = None
+        for entry in self._entries:
+            close = getattr(entry.reward, "close", None)
+            if close is not None:
+                close()
 
     def score(self, batch: SampleBatch) -> dict[str, Scores]:
         """Score a batch with every reward, without gradient and outside any enclosing autocast.
 
-        A reward gets at most ``info.batch_size`` samples at a time; one whose scope is a pair or a group gets all, so that groups stay
-        whole. If a call raises, its samples are tried one by one, so that the error names the first prompt that fails.
+        A reward gets at most its batch size at a time; one whose scope is a pair or a group gets all, so that groups stay whole. If a call raises, its
+        samples are tried one by one, so that the error names the first prompt that fails. A batch that the device's memory does not hold is halved.
 
         Returns:
             name -> Scores for every reward and for "total", on the CPU: values [B] float32, valid [B] bool. A value is NaN exactly where
@@ -86,10 +192,65 @@ class WeightedRewards:
             ValueError: B = 0, or the images, texts or groups are not B.
             RuntimeError: ``load`` was not called.
         """
-        device = self._check(batch)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            scores = {name: _score_in_batches(name, reward, batch) for name, _, reward in self._rewards}
+        self._check(batch)
+        return self.with_total(self._scored(self._entries, batch), batch)
+
+    def submit(self, batch: SampleBatch) -> Pending:
+        """`score` in the background: rewards on this machine one after the other in one thread, network rewards beside them, several batches at a time.
+
+        Raises:
+            ValueError, RuntimeError: as `score`; everything else is raised by the result.
+        """
+        self._check(batch)
+        if self._pools is None:
+            self._pools = ThreadPoolExecutor(1, "rewards"), ThreadPoolExecutor(_NETWORK_THREADS, "network-rewards")
+        here, network = self._pools
+        local = [entry for entry in self._entries if entry.reward.info.runs_on != "network"]
+        parts = [here.submit(self._scored, local, batch)] if local else []
+        parts += [network.submit(self._scored, [entry], batch) for entry in self._entries if entry.reward.info.runs_on == "network"]
+        return Pending(self, batch, parts)
+
+    def with_total(self, scores: dict[str, Scores], batch: SampleBatch) -> dict[str, Scores]:
+        """Scores of all rewards, and their weighted sum as "total"."""
         return {**scores, _TOTAL: self._total(scores, batch)}
+
+    def _scored(self, entries: Sequence[Entry], batch: SampleBatch) -> dict[str, Scores]:
+        found = {}
+        for entry in entries:
+            kind = self._devices[entry.name].type
+            quiet = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+            with torch.no_grad(), quiet:
+                found[entry.name] = self._in_batches(entry, batch)
+        return found
+
+    def _in_batches(self, entry: Entry, batch: SampleBatch) -> Scores:
+        name, reward = entry.name, entry.reward
+        move = getattr(reward, "to", None)
+        if entry.offload and move is not None:
+            move(self._devices[name])
+        whole = reward.info.scope != "sample"
+        size = len(batch) if whole else self._sizes[name] or reward.info.batch_size
+        parts: list[Scores] = []
+        start = 0
+        while start < len(batch):
+            try:
+                parts.append(_score_once(name, reward, _part(batch, start, start + size)))
+            except torch.OutOfMemoryError as error:
+                if whole or size == 1:
+                    raise UserError(
+                        f"reward {name}: the memory of {self._devices[name]} does not hold it; set device: cpu, a smaller dtype, or offload: true"
+                    ) from error
+                size = self._sizes[name] = (size + 1) // 2
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
+                _LOGGER.warning("reward %s: out of memory, from now on with batch_size %d", name, size)
+                continue
+            start += size
+        for part in parts:
+            if part.raw.keys() != parts[0].raw.keys():
+                before, now = sorted(parts[0].raw), sorted(part.raw)
+                raise UserError(f"reward {name} returned the raw columns {before} for one batch and {now} for the next; keep them the same")
+        return join_scores(parts)
 
     def require_differentiable(self) -> None:
         """Check, before any weights are loaded, that `differentiable_total` can work. Rewards of weight 0 are only watched and may be anything.
@@ -97,7 +258,7 @@ class WeightedRewards:
         Raises:
             UserError: a reward with a weight has no gradient (the message names the first), or none has a weight.
         """
-        weighted = [(name, reward) for name, weight, reward in self._rewards if weight]
+        weighted = [(entry.name, entry.reward) for entry in self._entries if self._weights[entry.name]]
         if not weighted:
             raise UserError("every reward has the weight 0, so there is no reward to differentiate; give one a weight")
         for name, reward in weighted:
@@ -126,14 +287,14 @@ class WeightedRewards:
         if batch.images is None or not batch.images.requires_grad:
             raise ValueError("SampleBatch.images must be pictures that require a gradient")
         with torch.enable_grad(), torch.autocast(batch.images.device.type, enabled=False):
-            scores = {name: _score_in_batches(name, reward, batch) for name, weight, reward in self._rewards if weight}
+            scores = {entry.name: self._in_batches(entry, batch) for entry in self._entries if self._weights[entry.name]}
             for name, score in scores.items():
                 if not score.values.requires_grad:
                     raise UserError(f"reward {name} calls itself differentiable, but its values carry no gradient; correct the reward or its RewardInfo")
             return self._total(scores, batch).values.to(batch.images.device)
 
-    def _check(self, batch: SampleBatch) -> torch.device:
-        if self._device is None:
+    def _check(self, batch: SampleBatch) -> None:
+        if len(self._devices) < len(self._entries):
             raise RuntimeError("WeightedRewards.load must be called before score")
         if len(batch) == 0:
             raise ValueError("cannot score an empty batch")
@@ -141,17 +302,40 @@ class WeightedRewards:
             value = getattr(batch, part)
             if value is not None and len(value) != len(batch):
                 raise ValueError(f"SampleBatch.{part} has {len(value)} entries for {len(batch)} prompts")
-        return self._device
 
     def _total(self, scores: Mapping[str, Scores], batch: SampleBatch) -> Scores:
-        weighted = [self.weights[name] * score.values.double() for name, score in scores.items()]
-        valid = torch.stack([score.valid for score in scores.values()]).all(0)
-        values = torch.stack(weighted).sum(0).float()
-        bad = valid & ~values.isfinite()
+        required = {entry.name: entry.required for entry in self._entries}
+        values, valid = torch.zeros(len(batch), dtype=torch.float64), torch.ones(len(batch), dtype=torch.bool)
+        counted = torch.zeros(len(batch), dtype=torch.bool)
+        for name, score in scores.items():
+            if required[name]:
+                valid &= score.valid
+            if self._weights[name]:
+                values = values + torch.where(score.valid, self._weights[name] * score.values.double().cpu(), 0.0)
+                counted |= score.valid
+        if not all(required.values()):
+            valid &= counted
+        out = torch.where(valid, values, torch.nan).float()
+        bad = valid & ~out.isfinite()
         if bad.any():
             prompt = batch.prompts[_first(bad)]
             raise UserError(f"the weighted sum of the rewards overflows for the prompt {_quote(prompt)}; use smaller weights")
-        return Scores(values, valid)
+        problems: dict[int, str] = {}
+        for name, score in scores.items():
+            for i in (i for i in score.problems if not bool(valid[i])):
+                problems.setdefault(i, f"reward {name} on the prompt {_quote(batch.prompts[i])}: {score.problems[i]}")
+        return Scores(out, valid, problems=problems)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of several batches, with the same raw columns, as one."""
+    starts = [sum(len(part.values) for part in parts[:number]) for number in range(len(parts))]
+    return Scores(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.valid for part in parts]),
+        {key: torch.cat([part.raw[key] for part in parts]) for key in parts[0].raw},
+        {start + index: reason for start, part in zip(starts, parts, strict=True) for index, reason in part.problems.items()},
+    )
 
 
 class ConstantRewardMonitor:
@@ -197,20 +381,11 @@ class ConstantRewardMonitor:
         self._seen = {name: dict(seen) for name, seen in state.items()}
 
 
-def _score_in_batches(name: str, reward: Reward, batch: SampleBatch) -> Scores:
-    size = reward.info.batch_size if reward.info.scope == "sample" else len(batch)
-    parts = [_score_once(name, reward, _part(batch, start, start + size)) for start in range(0, len(batch), size)]
-    for part in parts:
-        if part.raw.keys() != parts[0].raw.keys():
-            before, now = sorted(parts[0].raw), sorted(part.raw)
-            raise UserError(f"reward {name} returned the raw columns {before} for one batch and {now} for the next; keep them the same")
-    raw = {key: torch.cat([part.raw[key] for part in parts]) for key in parts[0].raw}
-    return Scores(torch.cat([part.values for part in parts]), torch.cat([part.valid for part in parts]), raw)
-
-
 def _score_once(name: str, reward: Reward, batch: SampleBatch) -> Scores:
     try:
         scores = reward.score(batch)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         place = "on the prompt"
         if len(batch) > 1:
@@ -246,7 +421,8 @@ def _checked(name: str, scores: object, batch: SampleBatch) -> Scores:
             "return a finite score, or valid=False where there is none"
         )
     nan = torch.full_like(values, float("nan"))
-    return Scores(torch.where(valid, values, nan), valid, {key: raw.cpu() for key, raw in scores.raw.items()})
+    problems = {index: str(scores.problems.get(index, "it gave no reason")) for index in torch.nonzero(~valid).flatten().tolist()}
+    return Scores(torch.where(valid, values, nan), valid, {key: raw.cpu() for key, raw in scores.raw.items()}, problems)
 
 
 def _part(batch: SampleBatch, start: int, stop: int) -> SampleBatch:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from toys import Launcher, build_pipeline, make_config, write_config
 
 from flowrl.config import Config
 
+settings.register_profile("flowrl", deadline=None)  # a busy machine is no failure
+settings.load_profile("flowrl")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # toys:REWARD in subprocesses
 
 

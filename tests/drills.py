@@ -77,8 +77,8 @@ def begin(trainer: Trainer, iteration: int = 1, *, rewards: Sequence[float] | No
     indices = trainer.sampler.groups(iteration - 1)
     prompts, numbers = [trainer.prompts[i] for i in indices], list(range(len(indices)))
     plan = trainer.plan(iteration)
-    sampled, futures = trainer.roll_out(plan, prompts, numbers, iteration)
-    scores = join_scores([future.result() for future in futures])
+    sampled, pending = trainer.roll_out(plan, prompts, numbers, iteration)
+    scores = join_scores([part.result() for part in pending])
     if rewards is not None:
         values = torch.tensor(rewards, dtype=torch.float32)
         scores = {"total": Scores(values, ~values.isnan())}

@@ -188,6 +188,80 @@ def test_advantages_of_rewards_are_weighted_and_summed_and_a_reward_of_weight_0_
     assert_values(found[:2], [sum(leaf[:2]) / 2, sum(leaf[2:]) / 2])
 
 
+def test_a_floor_is_added_to_the_spread_of_each_group():
+    config = config_of(rewards={"scene": 1.0, "jpeg": 2.0}, advantage={"aggregate": "advantages", "std_floor": 0.5})
+    found = assign(config, DEPTH_TWO, [0] * 4, scene=REWARDS, jpeg=[0, 0, 2, 2]).advantages
+    wide = 1.5 * STD  # one group: the spread of the iteration is the group's
+    assert_values(found[2:], [-2 / wide - 2 / 1.5, 0 - 2 / 1.5, -1 / wide + 2 / 1.5, 3 / wide + 2 / 1.5])
+
+
+def test_gdpo_standardises_the_sum_and_knows_no_scale_of_a_reward():
+    leaf = [-2 / STD + 0.5, 0 + 0.5, -1 / STD - 0.5, 3 / STD - 0.5]
+    spread = math.sqrt(sum(x * x for x in leaf) / 4)
+    for scale in (1, 1000):
+        config = config_of(rewards={"scene": 1.0, "jpeg": -0.5}, advantage={"aggregate": "gdpo"})
+        found = assign(config, DEPTH_TWO, [0] * 4, scene=REWARDS, jpeg=[0, 0, 2 * scale, 2 * scale]).advantages
+        assert_values(found[2:], [x / spread for x in leaf])
+    # a weighted sum is ruled by the reward with the largest scale
+    rewards = config_of(rewards={"scene": 1.0, "jpeg": -0.5})
+    found = assign(rewards, DEPTH_TWO, [1, 3, 2 - 1000, 6 - 1000]).advantages
+    torch.testing.assert_close(found[2:], torch.tensor([1.0, 1.0, -1.0, -1.0]), rtol=0, atol=0.01)
+
+
+def test_gdpo_over_processes_adds_up_what_they_know():
+    config, plan = config_of(advantage={"aggregate": "gdpo"}), DEPTH_TWO
+    rollout = rollout_of(plan)
+    here, there = scores_of(REWARDS, scene=REWARDS), scores_of([0, 0, 0, 0], scene=[0, 0, 0, 4.0])
+
+    def run(scores, other):
+        seen = []
+        first = Assigner(config, lambda value: seen.append(value) or value)
+        everywhere = {name: Scores(torch.cat([scores[name].values, other[name].values]), torch.ones(8, dtype=torch.bool)) for name in scores}
+        first(plan, rollout, scores, everywhere, prompts=(rollout.leaf_group, torch.arange(8)), numbers=[0], iteration=1)
+        return seen
+
+    alone = [run(here, there), run(there, here)]
+    sums = [torch.tensor(a, dtype=torch.float64) + torch.tensor(b, dtype=torch.float64) for a, b in zip(*alone, strict=True)]
+    answers = iter([float(sums[0]), float(sums[1]), float(sums[2])])
+    both = Assigner(config, lambda value: next(answers))
+    everywhere = {name: Scores(torch.cat([here[name].values, there[name].values]), torch.ones(8, dtype=torch.bool)) for name in here}
+    found = both(plan, rollout, here, everywhere, prompts=(rollout.leaf_group, torch.arange(8)), numbers=[0], iteration=1).advantages
+    # both groups have z-scores of mean 0 and variance 1, so together too
+    assert_values(found[2:], [-2 / STD, 0, -1 / STD, 3 / STD])
+
+
+def test_a_reward_that_is_not_required_adds_nothing_where_it_cannot_score():
+    rewards = [{"name": "scene", "weight": 1.0}, {"name": "jpeg", "weight": 1.0, "required": False}]
+    config = config_of(rewards=rewards, advantage={"aggregate": "advantages"})
+    found = assign(config, DEPTH_TWO, [0] * 4, scene=REWARDS, jpeg=[NAN, NAN, 0, 2]).advantages
+    assert_values(found[2:], [-2 / STD, 0, -1 / STD - 1, 3 / STD + 1])
+    found = assign(config, DEPTH_TWO, [0] * 4, scene=REWARDS, jpeg=[NAN] * 4).advantages
+    assert_values(found[2:], [-2 / STD, 0, -1 / STD, 3 / STD])
+
+
+@pytest.mark.parametrize("aggregate", ["rewards", "advantages"])
+def test_a_sample_that_breaks_a_constraint_is_the_worst_of_its_group(aggregate):
+    rewards = [{"name": "scene", "weight": 1.0}, {"name": "nsfw", "weight": 0.0, "minimum": -0.5}]
+    config = config_of(rewards=rewards, advantage={"aggregate": aggregate})
+    found = assign(config, DEPTH_TWO, REWARDS, scene=REWARDS, nsfw=[0, 0, -0.5, -0.6]).advantages[2:]
+    if aggregate == "rewards":  # 1, 3, 2 keep it; 6 becomes 1 - 2
+        values = torch.tensor([1.0, 3.0, 2.0, -1.0])
+        assert_values(found, ((values - values.mean()) / values.std(correction=0)).tolist())
+    else:
+        assert_values(found, [-2 / STD, 0, -1 / STD, -2 / STD - 2 / STD])
+    unknown = assign(config, DEPTH_TWO, REWARDS, scene=REWARDS, nsfw=[0, 0, 0, NAN]).advantages[2:]
+    assert_values(unknown, [-2 / STD, 0, -1 / STD, 3 / STD])
+
+
+def test_the_factor_of_the_weights_scales_clamped_advantages():
+    config = config_of(advantage={"clip": 1.0})
+    assigner = Assigner(config)
+    assigner.rewards.factor = 0.5
+    found = assign(config, DEPTH_TWO, REWARDS, assigner=assigner)
+    assert_values(found.advantages[2:], [-0.5, 0, -0.5 / STD, 0.5])
+    assert found.sums["clamped"] == 2
+
+
 def test_the_global_spread_is_that_of_all_processes():
     config, plan = config_of(advantage={"name": "global_std"}), DEPTH_TWO
     rollout, here = rollout_of(plan), scores_of(REWARDS)

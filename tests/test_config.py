@@ -156,7 +156,7 @@ def test_one_reward_may_be_given_without_a_list(write, form: str) -> None:
         ("rewards: {name: scene, weigth: 1}", "rewards.weigth: unknown key; did you mean weight?"),
         ("rewards: [{weight: 1}]", "rewards.0.name: missing; give a registered reward, or module:attribute"),
         ("rewards: {scene: 0}", "rewards: every weight is 0, nothing would be learned; give at least one reward another weight"),
-        ("rewards: [scene, scene]", "rewards: scene is listed twice; keep one and set its weight"),
+        ("rewards: [scene, scene]", "rewards: scene is listed twice; keep one and set its weight, or give each a label"),
         ("model: {height: 64}", "model.height and model.width: give both or neither"),
         (
             "rollout: {groups_per_iteration: 2, group_size: 3}\nobjective: {updates_per_iteration: 7}",

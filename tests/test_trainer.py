@@ -505,5 +505,5 @@ def test_an_iteration_without_a_score_is_an_error_for_samples_too(configure: Con
     trainer = Trainer(configure(ODE, "method=awm", "matching.num_times=2"))
     rollout, _ = trainer.roll_out(trainer.plan(1), trainer.prompts[:3], [0, 1, 2], 1)
     nothing = {"total": Scores(torch.full((12,), math.nan), torch.zeros(12, dtype=torch.bool))}
-    with pytest.raises(UserError, match="no sample of the iteration could be scored"):
+    with pytest.raises(UserError, match="12 of the 12 samples of iteration 1 could not be scored"):
         trainer.assign(trainer.plan(1), rollout, nothing, [0, 1, 2], [0, 1, 2], 1)

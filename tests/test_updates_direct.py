@@ -124,7 +124,7 @@ def test_the_gradient_is_a_finite_difference_of_the_reward(configure: Configure,
             clean = x
             for here, after in itertools.pairwise(levels):
                 clean = clean - (here - after) * velocity(clean, torch.full((len(x),), here, dtype=torch.float64), row)
-        reward = warmth(trainer.policy.decode(clean))
+        reward = warmth(trainer.policy.decode_with_grad(clean))
         if d.positive_text:
             reward = reward - -reward  # toys:Warmth turns round where the prompt has the word CG
         if d.inversion:

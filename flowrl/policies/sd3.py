@@ -278,15 +278,19 @@ class Sd3Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, L...] clean latents -> images [B, 3, H, W] float32 in [0, 1] on the CPU."""
+        """[B, L...] clean latents -> images [B, 3, H, W] float32 in [0, 1] on the CPU, each pixel one of the 256 levels k / 255.
+
+        So a picture is rounded once, here: what a reward scores, locally or over a network, is what a PNG file of it holds.
+        """
         size = max(1, min(len(latents), self.rows_per_forward))
-        return torch.cat([self._pixels(chunk.to(self.device)).cpu() for chunk in latents.split(size)])
+        levels = [self._pixels(chunk.to(self.device)).mul(255).round().to(torch.uint8).cpu() for chunk in latents.split(size)]
+        return torch.cat(levels).float() / 255
 
     def decode_with_grad(self, latents: Tensor) -> Tensor:
         """`decode` with the gradient by the latents: [B, L...] -> images [B, 3, H, W] float32 in [0, 1] on the policy's device.
 
-        The pictures are those that `decode` gives, clamped like them: a pixel outside [0, 1] has no gradient, as no reward can see how far
-        outside it is. All are decoded at once and keep their activations; with ``model.gradient_checkpointing`` each is decoded alone, and again in
+        The pictures are those that `decode` gives before it rounds them, clamped like them: a pixel outside [0, 1] has no gradient, as no reward can see how
+        far outside it is. All are decoded at once and keep their activations; with ``model.gradient_checkpointing`` each is decoded alone, and again in
         the backward pass, which takes the memory of one.
         """
         if not self.config.gradient_checkpointing:
