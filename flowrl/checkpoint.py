@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowrl.policies.sd3 import Sd3Policy
+from flowrl.policies.base import DiffusionPolicy
 from flowrl.tracking import explain_full_disk
 from flowrl.types import UserError
 
@@ -168,13 +168,13 @@ def load_checkpoint(run_dir: Path, identity: dict[str, Any], *, which: str = "la
     return None
 
 
-def model_identity(policy: Sd3Policy) -> dict[str, Any]:
+def model_identity(policy: DiffusionPolicy) -> dict[str, Any]:
     """What a checkpoint's weights must fit: the adapter and the names and shapes of the trainable parameters."""
-    shapes = [f"{name}{tuple(p.shape)}" for name, p in policy.transformer.named_parameters() if p.requires_grad]
+    shapes = [f"{name}{tuple(p.shape)}" for name, p in policy.network.named_parameters() if p.requires_grad]
     return {"model": policy.config.path, "adapter": policy.config.adapter, "parameters": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]}
 
 
-def load_policy(run_dir: Path, policy: Sd3Policy, which: str = "last") -> int:
+def load_policy(run_dir: Path, policy: DiffusionPolicy, which: str = "last") -> int:
     """Put a run's tuned weights (the average, when the run keeps one) into a policy, and say of which iteration they are.
 
     Raises:

@@ -76,7 +76,7 @@ class LoraConfig(_Section):
 
 class ModelConfig(_Section):
     path: Text = Field("flowrl:tiny-sd3", description="flowrl:tiny-sd3, a folder that diffusers can load, or a hub id")
-    family: Literal["sd3"] = "sd3"
+    family: Text = Field("auto", description="auto = as the model's index says; or a name in flowrl/policies/families.py")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     adapter: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()

@@ -22,7 +22,8 @@ from torch import Tensor
 from flowrl.checkpoint import load_policy
 from flowrl.config import Config, RewardConfig, RolloutConfig, load_config
 from flowrl.data import load_prompts
-from flowrl.policies.sd3 import Sd3Policy
+from flowrl.policies.base import DiffusionPolicy
+from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
 from flowrl.seeds import generator
 from flowrl.statistics import mean_ci95
@@ -31,7 +32,6 @@ from flowrl.types import Prompt, SampleBatch, UserError
 from rewards.composite import Entry, WeightedRewards
 from rewards.registry import load_reward
 from samplers.rollout import sample_ode
-from samplers.schedules import sigma_grid
 
 __all__ = ["Evaluation", "Evaluator", "build_rewards", "evaluate_run", "grid_of", "save_grid", "sigmas_of"]
 
@@ -68,9 +68,9 @@ def _device(config: RewardConfig) -> torch.device | None:
     return device
 
 
-def sigmas_of(rollout: RolloutConfig, num_steps: int, policy: Sd3Policy) -> tuple[float, ...]:
+def sigmas_of(rollout: RolloutConfig, num_steps: int, policy: DiffusionPolicy) -> tuple[float, ...]:
     """The sigma grid of a run for this many steps."""
-    return sigma_grid(rollout.grid, num_steps, policy.scheduler_shift if rollout.shift is None else rollout.shift)
+    return policy.sigmas(rollout.grid, num_steps, rollout.shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Evaluator:
 
     def __init__(
         self,
-        policy: Sd3Policy,
+        policy: DiffusionPolicy,
         splits: Mapping[str, Sequence[Prompt]],
         rewards: WeightedRewards,
         *,
@@ -229,7 +229,7 @@ def evaluate_run(
         scorer.check_prompts(asked)
     accelerator = make_accelerator(config.training.device)
     scorer.load(accelerator.device)
-    policy = Sd3Policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
+    policy = make_policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
     sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
     evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)
     for name in ("base", "tuned") if run is not None else ("base",):

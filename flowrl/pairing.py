@@ -20,7 +20,7 @@ from flowrl.config import Config
 from flowrl.evaluation import png_of
 from flowrl.mistakes import did_you_mean
 from flowrl.pairs import SIDES
-from flowrl.policies.sd3 import Sd3Policy
+from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
 from flowrl.rollout_log import SavedRollout, load_rollouts, save_rollout
 from flowrl.tracking import explain_full_disk, refuse_full_folder, replace_file
@@ -172,7 +172,7 @@ def pairs_from_run(config: Config, out: Path, *, images: bool = False, **choice:
     decode: Decode | None = None
     if images:
         refuse_full_folder(out)
-        decode = Sd3Policy(config.model, make_accelerator(config.training.device).device, rows_per_forward=config.training.rows_per_forward).decode
+        decode = make_policy(config.model, make_accelerator(config.training.device).device, rows_per_forward=config.training.rows_per_forward).decode
     return make_pairs(Path(config.run_dir), out, decode=decode, **choice)
 
 

@@ -10,7 +10,7 @@ import torch
 from flowrl.checkpoint import load_policy
 from flowrl.config import ModelConfig, RolloutConfig, TrainingConfig, load_config
 from flowrl.evaluation import png_of, sigmas_of
-from flowrl.policies.sd3 import Sd3Policy
+from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
 from flowrl.seeds import generator
 from flowrl.tracking import explain_full_disk, replace_file
@@ -68,7 +68,7 @@ def sample_to_folder(
         config = load_config(run / "config.yaml")
         settings, rollout, training = config.model.model_copy(update={"path": model}), config.rollout, config.training
     rows = training.rows_per_forward
-    policy = Sd3Policy(settings, make_accelerator(training.device).device, rows_per_forward=rows)
+    policy = make_policy(settings, make_accelerator(training.device).device, rows_per_forward=rows)
     if run is not None:
         load_policy(run, policy, checkpoint)
     sigmas = sigmas_of(rollout, num_steps, policy)

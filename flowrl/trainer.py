@@ -32,8 +32,9 @@ from flowrl.likelihoods.transition import TransitionLikelihood
 from flowrl.meters import Meters
 from flowrl.pairs import load_pairs
 from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows
+from flowrl.policies.base import NetworkRows
 from flowrl.policies.ema import Ema, OldPolicy
-from flowrl.policies.sd3 import NetworkRows, Sd3Policy
+from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
 from flowrl.reward_weights import RewardWeights
 from flowrl.rollout_log import SavedRollout
@@ -79,8 +80,8 @@ class Trainer:
         self.splits = {name: load_prompts(path) for name, path in config.data.eval.items()}
         self.rewards, eval_rewards = self._load_rewards()
         rows, keep = config.training.rows_per_forward, needs_reference(config)
-        self.policy = Sd3Policy(config.model, self.accelerator.device, rows_per_forward=rows, keep_reference=keep)
-        self.policy.training_module = self.accelerator.prepare(self.policy.transformer)
+        self.policy = make_policy(config.model, self.accelerator.device, rows_per_forward=rows, keep_reference=keep)
+        self.policy.training_module = self.accelerator.prepare(self.policy.network)
         self._check_kernel()
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
         self.shift = self.policy.scheduler_shift if config.rollout.shift is None else config.rollout.shift
@@ -153,11 +154,16 @@ class Trainer:
 
     def _check_kernel(self) -> None:
         """A kernel that does not fit the network's prediction is an error, noise that destroys the picture a warning."""
-        rollout = self.config.rollout
+        rollout, prediction = self.config.rollout, self.policy.prediction
+        if prediction != "flow" and (rollout.plan == "ode" or self.config.likelihood == "matching"):
+            raise UserError(
+                f"model.path: {self.policy.title} predicts {prediction}, and matching, ODE plans and what builds on them need a flow model; train its steps: "
+                "likelihood transition, kernel ddim, plan chain, window or tree"
+            )
         if rollout.plan == "ode":
             return
         try:
-            load_kernel(rollout.kernel, self.policy.prediction)
+            load_kernel(rollout.kernel, prediction)
         except ValueError as error:
             raise UserError(f"rollout.kernel: {error}") from error
         growth = 1 + rollout.tree.noise_growth if rollout.plan == "tree" else 1

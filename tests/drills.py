@@ -135,7 +135,7 @@ class RowCount:
 
     def __init__(self, trainer: Trainer) -> None:
         self.forward = self.backward = 0
-        for network in (trainer.policy.transformer, trainer.policy.reference_transformer):
+        for network in (trainer.policy.network, trainer.policy.reference_network):
             if network is not None:
                 network.register_forward_pre_hook(self._count, with_kwargs=True)
 

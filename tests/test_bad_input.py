@@ -158,11 +158,11 @@ def cut(folder: Path) -> None:
     [
         (shutil.rmtree, "does not exist; give a folder, a hub id such as"),
         (lambda folder: (folder / "model_index.json").unlink(), "is not a diffusers pipeline (no model_index.json)"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "could not be loaded as a Stable Diffusion 3 pipeline"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "could not be loaded as a"),
         (other_class, "is a FluxPipeline, not a Stable Diffusion 3 pipeline"),
         (lambda folder: shutil.rmtree(folder / "transformer"), "has no folder transformer, which its model_index.json names; copy the whole pipeline"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no folder tokenizer, which its model_index.json names; copy the whole pipeline"),
-        (cut, "could not be loaded as a Stable Diffusion 3 pipeline"),
+        (cut, "could not be loaded as a"),
     ],
     ids=["missing", "no index", "broken index", "another class", "no transformer", "no tokenizer", "truncated weights"],
 )
@@ -179,7 +179,7 @@ def test_a_model_folder_that_is_not_a_pipeline(
 
 def test_a_hub_id_that_cannot_be_loaded(config_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert fail(config_file, capsys, "model.path=nobody/nothing").startswith("model.path: nobody/nothing could not be loaded as a Stable Diffusion 3 pipeline")
+    assert fail(config_file, capsys, "model.path=nobody/nothing").startswith("model.path: nobody/nothing could not be loaded as a pipeline")
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_a_full_disk_while_exporting_is_one_line(configure: Configure, monkeypat
     def fail(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("flowrl.policies.sd3.StableDiffusion3Pipeline.save_lora_weights", fail)
+    monkeypatch.setattr("diffusers.StableDiffusion3Pipeline.save_lora_weights", fail)
     with pytest.raises(UserError, match="no space left on the disk"):
         train(configure("training.iterations=1"))
 

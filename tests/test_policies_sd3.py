@@ -15,7 +15,9 @@ from toys import PROMPTS
 from transformers.utils import logging as transformers_logging
 
 from flowrl.config import ModelConfig
-from flowrl.policies.sd3 import Sd3Policy, load_pipeline, resolve_model_path
+from flowrl.policies import pipelines
+from flowrl.policies.pipelines import resolve_model_path
+from flowrl.policies.sd3 import Sd3Policy
 from flowrl.types import UserError
 from samplers.direct import denoise
 from samplers.rollout import sample_ode
@@ -23,6 +25,10 @@ from samplers.schedules import sigma_grid
 
 CPU = torch.device("cpu")
 LORA = {"rank": 4, "alpha": 6.0}  # alpha / rank = 1.5, so that forgetting it shows
+
+
+def load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    return pipelines.load_pipeline(path, Sd3Policy.pipelines, Sd3Policy.title, Sd3Policy.example, dtype)
 
 
 def make_policy(pipeline: Path | str, rows_per_forward: int = 64, keep_reference: bool = False, **settings: Any) -> Sd3Policy:
@@ -206,7 +212,7 @@ def test_without_gradient_the_rows_are_split_and_each_is_evaluated_once(pipeline
     policy = move_weights(make_policy(pipeline, rows_per_forward=3))
     x, sigma, rows = some_rows(policy, 7)
     seen: list[int] = []
-    policy.transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    policy.network.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
     with torch.no_grad():
         split = policy.velocity(2.0)(x, sigma, rows)
     assert seen == [3, 3, 3, 3, 1, 1]

@@ -239,7 +239,7 @@ def test_evaluation_keeps_the_pictures_of_a_prompt_together_for_rewards_that_com
 
 
 def test_a_prompt_that_can_never_be_scored_is_found_before_the_model_is_loaded(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowrl.trainer.Sd3Policy", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("flowrl.trainer.make_policy", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     monkeypatch.setattr(Picky, "check_prompts", lambda self, prompts: (_ for _ in ()).throw(UserError(f"'{prompts[0].text}' is nothing for me")), raising=False)
     with pytest.raises(UserError, match="is nothing for me"):
         Trainer(configure(f"rewards=[{{{PICKY}}}]"))

@@ -115,7 +115,7 @@ def test_without_a_kl_none_is_computed_or_logged(configure: Configure) -> None:
     trainer = Trainer(configure())
     metrics, _ = trainer.iterate(1)
     assert "kl/mean" not in metrics
-    assert trainer.policy.reference_transformer is None
+    assert trainer.policy.reference_network is None
 
 
 # --- the gradient -------------------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_the_size_of_a_micro_batch_does_not_change_the_update(configure: Configu
         rollout, advantages, prompts = roll_out(trainer)
         seen = record_gradients(trainer, monkeypatch)
         calls = []
-        trainer.policy.transformer.register_forward_pre_hook(
+        trainer.policy.network.register_forward_pre_hook(
             lambda _m, _a, kwargs, calls=calls: calls.append(len(kwargs["hidden_states"])) if torch.is_grad_enabled() else None, with_kwargs=True
         )
         before = weights(trainer)
@@ -241,7 +241,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> tuple[T
         rows["forward"] += len(kwargs["hidden_states"])
         rows["backward"] += len(kwargs["hidden_states"]) if torch.is_grad_enabled() else 0
 
-    trainer.policy.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.policy.network.register_forward_pre_hook(count, with_kwargs=True)
     return trainer, rows, write_config(folder, pipeline)
 
 

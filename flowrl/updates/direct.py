@@ -35,7 +35,7 @@ from rewards.composite import WeightedRewards
 from samplers.direct import clean_estimate, denoise, direct_align
 
 if TYPE_CHECKING:
-    from flowrl.policies.sd3 import Sd3Policy
+    from flowrl.policies.base import DiffusionPolicy
 
 __all__ = ["DIRECT_OBJECTIVES", "DirectUpdate", "kept_steps", "steps_with_gradient"]
 
@@ -75,7 +75,7 @@ class DirectUpdate:
     def __init__(
         self,
         config: Config,
-        policy: Sd3Policy,
+        policy: DiffusionPolicy,
         rewards: WeightedRewards,
         rollout: Rollout,
         *,

@@ -22,7 +22,7 @@ from flowrl.updates.base import Weights
 from flowrl.updates.noised import NoisedSamples
 
 if TYPE_CHECKING:
-    from flowrl.policies.sd3 import Sd3Policy
+    from flowrl.policies.base import DiffusionPolicy
 
 __all__ = ["MatchingUpdate", "needs_old_velocity"]
 
@@ -48,7 +48,7 @@ class MatchingUpdate:
 
     placeholder = False
 
-    def __init__(self, config: Config, policy: Sd3Policy, noised: NoisedSamples, weights: Tensor, valid: Tensor, old_policy: OldPolicy | None) -> None:
+    def __init__(self, config: Config, policy: DiffusionPolicy, noised: NoisedSamples, weights: Tensor, valid: Tensor, old_policy: OldPolicy | None) -> None:
         self.config, self.policy, self.noised = config, policy, noised
         m = config.matching
         self.likelihood = MatchingLikelihood(m.weighting, m.power)

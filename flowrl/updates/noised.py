@@ -19,7 +19,7 @@ from flowrl.seeds import generator
 from flowrl.types import Rollout, Velocity
 
 if TYPE_CHECKING:
-    from flowrl.policies.sd3 import Sd3Policy
+    from flowrl.policies.base import DiffusionPolicy
 
 __all__ = ["NoisedSamples"]
 
@@ -38,7 +38,7 @@ class NoisedSamples:
     def __init__(
         self,
         config: Config,
-        policy: Sd3Policy,
+        policy: DiffusionPolicy,
         rollout: Rollout,
         leaves: Tensor,
         slots: Tensor,

@@ -15,7 +15,7 @@ from flowrl.core.preference import NEEDS_REFERENCE, PAIR_OBJECTIVES
 from flowrl.core.regularizers import velocity_penalty
 from flowrl.likelihoods.matching import MatchingLikelihood
 from flowrl.meters import Meters
-from flowrl.policies.sd3 import Sd3Policy
+from flowrl.policies.base import DiffusionPolicy
 from flowrl.types import Pairs
 from flowrl.updates.base import Weights
 from flowrl.updates.noised import NoisedSamples
@@ -38,7 +38,7 @@ class PairUpdate:
         placeholder: there is no pair; the one that is left only keeps this process in step.
     """
 
-    def __init__(self, config: Config, policy: Sd3Policy, noised: NoisedSamples, *, placeholder: bool) -> None:
+    def __init__(self, config: Config, policy: DiffusionPolicy, noised: NoisedSamples, *, placeholder: bool) -> None:
         self.config, self.policy, self.noised, self.placeholder = config, policy, noised, placeholder
         m = config.matching
         self.likelihood = MatchingLikelihood(m.weighting, m.power)

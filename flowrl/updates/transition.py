@@ -15,7 +15,7 @@ from flowrl.core.ratios import ratio_norm, step_weights
 from flowrl.core.regularizers import gaussian_kl
 from flowrl.likelihoods.transition import StepBatch, TransitionLikelihood, TransitionOutput, select_rows
 from flowrl.meters import Meters
-from flowrl.policies.sd3 import Sd3Policy
+from flowrl.policies.base import DiffusionPolicy
 from flowrl.types import Decisions
 from flowrl.updates.base import Weights
 from samplers.plans import Plan
@@ -35,7 +35,9 @@ class TransitionUpdate:
 
     rows_per_unit = 1
 
-    def __init__(self, config: Config, policy: Sd3Policy, likelihood: TransitionLikelihood, plan: Plan, assignment: Assignment, prompt_rows: Tensor) -> None:
+    def __init__(
+        self, config: Config, policy: DiffusionPolicy, likelihood: TransitionLikelihood, plan: Plan, assignment: Assignment, prompt_rows: Tensor
+    ) -> None:
         self.config, self.policy, self.likelihood, self.assignment, self.prompt_rows = config, policy, likelihood, assignment, prompt_rows
         rollout = assignment.rollout
         self.unit_group, self.decision_unit, self.placeholder = rollout.row_group, rollout.edge_row, assignment.placeholder

@@ -1,0 +1,319 @@
+"""What all families of image generators share as policies: adapters, the prompt cache, one prediction function for rollout and training, pictures, files.
+
+A family is a subclass in a file of its own with a line in flowrl/policies/families.py: it says which pipeline it is, how prompts are embedded, how its network
+is called, and what its latents are. docs/models.md shows how to write one.
+
+Classifier-free guidance evaluates the unconditional half without gradient and detached, as Flow-GRPO's released code trains it; so the gradient is
+guidance_scale times that of the conditional branch.
+
+Letters: R rows, L... latent axes (channels, height, width).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowrl.config import ModelConfig
+from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
+from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline
+from flowrl.policies.prompts import PromptCache
+from flowrl.types import UserError, Velocity
+from samplers.schedules import sigma_grid
+
+__all__ = ["DiffusionPolicy", "NetworkRows"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class NetworkRows:
+    """Counted network evaluations: one row = one latent through the network once."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+class DiffusionPolicy(ABC):
+    """A trainable diffusers pipeline.
+
+    Args:
+        config: the ``model`` section of a run.
+        device: where the networks live.
+        rows_per_forward: most rows in one forward without gradient.
+        keep_reference: keep what `reference` needs (a frozen copy under full fine-tuning; LoRA needs none).
+    Raises:
+        UserError: the model cannot be loaded, or the size is not a multiple of what the model needs.
+    """
+
+    title: ClassVar[str]
+    """In messages, such as "Stable Diffusion 3"."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Names of diffusers' pipeline classes; the first one is loaded."""
+    example: ClassVar[str]
+    """A hub id."""
+    network_name: ClassVar[str] = "transformer"
+    """Of the trained network in the pipeline, and of its folder."""
+    targets: ClassVar[tuple[str, ...]]
+    """Endings of the modules that get LoRA adapters."""
+    prediction = "flow"
+    """A key of samplers.kernels.PREDICTIONS."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, *, rows_per_forward: int = 256, keep_reference: bool = False) -> None:
+        self.config, self.device, self.rows_per_forward = config, device, rows_per_forward
+        self.dtype = _DTYPES[config.dtype]
+        load_dtype = torch.float32 if config.adapter == "full" else self.dtype  # full fine-tuning keeps float32 weights under autocast
+        self.pipeline: Any = load_pipeline(config.path, self.pipelines, self.title, self.example, load_dtype)
+        self.network: Any = getattr(self.pipeline, self.network_name).to(device)
+        self.vae: Any = self.pipeline.vae.to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        for module in (self.network, self.vae, *self.text_encoders):
+            module.requires_grad_(False).eval()
+        self.reference_network: nn.Module | None = None
+        if config.adapter == "lora":
+            add_lora(self.network, config.lora, self.targets)
+        else:
+            if keep_reference:
+                self.reference_network = copy.deepcopy(self.network)
+            self.network.requires_grad_(True)
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.training_module: nn.Module = self.network  # the trainer may wrap it (DDP); the weights are the same
+        self.rows = NetworkRows()
+        self.prompts = PromptCache(self._embed)
+        self._reference = False
+        self.latent_shape = self._latent_shape()
+        self.unconditional_row = int(self.prompt_rows([""])[0])
+
+    # --- what a family says ---
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Embeddings of prompts by the pipeline's own encoders, [len(texts), ...] each, of a shape that no prompt changes. One, which a critic reads, is
+        called ``pooled``: [len(texts), D].
+        """
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
+        """The network's prediction [R, L...] for latents [R, L...] float32 at sigma [R] float64, with the prompts' embeddings [R, ...]. Runs under autocast."""
+
+    @abstractmethod
+    def latent_shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of a picture of so many pixels."""
+
+    @property
+    @abstractmethod
+    def default_size(self) -> int:
+        """Height and width in pixels, where the config says nothing."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """What height and width must be a multiple of, in pixels."""
+
+    @property
+    def scheduler_shift(self) -> float:
+        """The time shift of the pipeline's scheduler at this size."""
+        return float(self.pipeline.scheduler.config.shift)
+
+    def sigmas(self, grid: str, num_steps: int, shift: float | None) -> tuple[float, ...]:
+        """The noise levels of a sampler, falling to 0; shift None = the scheduler's own."""
+        return sigma_grid(grid, num_steps, self.scheduler_shift if shift is None else shift)
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """From latents of the network to those of the VAE, float32."""
+        vae = self.vae.config
+        return latents.float() / vae.scaling_factor + (vae.shift_factor or 0.0)
+
+    def from_vae(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_vae`."""
+        vae = self.vae.config
+        return (latents - (vae.shift_factor or 0.0)) * vae.scaling_factor
+
+    # --- sizes and prompts ---
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Those that the pipeline has."""
+        found = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [encoder for encoder in found if encoder is not None]
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        sizes = (self.config.height or self.default_size, self.config.width or self.default_size)
+        for name, size in zip(("height", "width"), sizes, strict=True):
+            if size % self.size_multiple:
+                raise UserError(f"model.{name}: {size} is not a multiple of {self.size_multiple}, which this model needs")
+        return self.latent_shape_of(*sizes)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the decoded pictures, in pixels."""
+        return self.config.height or self.default_size, self.config.width or self.default_size
+
+    def prompt_rows(self, texts: Sequence[str]) -> Tensor:
+        """Row numbers [len(texts)] int64 of prompts in the cache; every distinct text is encoded once in the life of the policy."""
+        # The last bits of an embedding may depend on its batch, and a resumed run meets the prompts in another order: one by one where runs are bit-exact.
+        return self.prompts.rows(texts, batch=1 if self.device.type == "cpu" else 64)
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+        for encoder in self.text_encoders:
+            encoder.to(self.device)
+        return self.embed(texts)
+
+    @property
+    def pooled(self) -> Tensor:
+        """The pooled embeddings [n, D] of all prompts that were ever asked for, by row number."""
+        return self.prompts.columns["pooled"]
+
+    # --- the network ---
+
+    def _forward(self, x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled()
+        module = self.training_module if grad else self.network
+        if self._reference and self.reference_network is not None:
+            module = self.reference_network
+        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        with autocast:
+            out = self.predict(module, x, sigma, self.prompts.take(prompt_row.to(self.device)))
+        self.rows.forward += len(x)
+        self.rows.backward += len(x) if grad else 0
+        return out.float()
+
+    def velocity(self, guidance_scale: float = 1.0) -> Velocity:
+        """The policy's prediction under classifier-free guidance; 1 evaluates the conditional branch only.
+
+        Returns:
+            A function (x [R, L...] float32, sigma [R] float64, prompt_row [R]) -> [R, L...] float32. Without gradient it splits the rows
+            into forwards of at most ``rows_per_forward``; with gradient it evaluates them at once.
+        """
+
+        def evaluate(x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
+            conditional = self._forward(x, sigma, prompt_row)
+            if guidance_scale == 1.0:
+                return conditional
+            with torch.no_grad():
+                unconditional = self._forward(x, sigma, torch.full_like(prompt_row, self.unconditional_row))
+            return unconditional + guidance_scale * (conditional - unconditional)
+
+        def call(x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
+            size = self.rows_per_forward
+            if torch.is_grad_enabled() or len(x) <= size:
+                return evaluate(x, sigma, prompt_row)
+            return torch.cat([evaluate(*chunk) for chunk in zip(x.split(size), sigma.split(size), prompt_row.split(size), strict=True)])
+
+        return call
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the velocity is that of the model before training: LoRA switched off, or the frozen copy. Without gradient only."""
+        if self.config.adapter == "full" and self.reference_network is None:
+            raise RuntimeError("full fine-tuning keeps a reference only when it is built with keep_reference=True")
+        if self.config.adapter == "lora":
+            self.network.disable_adapters()
+        self._reference = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._reference = False
+            if self.config.adapter == "lora":
+                self.network.enable_adapters()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters that learn, in a fixed order."""
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    @property
+    def _lora_scale(self) -> float:
+        return self.config.lora.alpha / self.config.lora.rank
+
+    # --- pictures and files ---
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, L...] clean latents -> images [B, 3, H, W] float32 in [0, 1] on the CPU, each pixel one of the 256 levels k / 255.
+
+        So a picture is rounded once, here: what a reward scores, locally or over a network, is what a PNG file of it holds.
+        """
+        size = max(1, min(len(latents), self.rows_per_forward))
+        levels = [self._pixels(chunk.to(self.device)).mul(255).round().to(torch.uint8).cpu() for chunk in latents.split(size)]
+        return torch.cat(levels).float() / 255
+
+    def decode_with_grad(self, latents: Tensor) -> Tensor:
+        """`decode` with the gradient by the latents: [B, L...] -> images [B, 3, H, W] float32 in [0, 1] on the policy's device.
+
+        The pictures are those that `decode` gives before it rounds them, clamped like them: a pixel outside [0, 1] has no gradient, as no reward can see how
+        far outside it is. All are decoded at once and keep their activations; with ``model.gradient_checkpointing`` each is decoded alone, and again in
+        the backward pass, which takes the memory of one.
+        """
+        if not self.config.gradient_checkpointing:
+            return self._pixels(latents)
+        return torch.cat([checkpoint(self._pixels, one, use_reentrant=False) for one in latents.split(1)])
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(self.to_vae(latents), return_dict=False)[0].div(2).add(0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] float in [0, 1] -> clean latents [B, L...] float32, the mode of the VAE's posterior."""
+        size = max(1, min(len(images), self.rows_per_forward))
+        parts = [self.vae.encode(chunk.to(self.device).float() * 2 - 1).latent_dist.mode() for chunk in images.split(size)]
+        return self.from_vae(torch.cat(parts))
+
+    def export(self, folder: Path) -> None:
+        """Write what plain diffusers loads: ``pytorch_lora_weights.safetensors`` (load_lora_weights) or the network's folder (from_pretrained).
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if self.config.adapter == "lora":
+                layers = lora_state_dict(self.network, self._lora_scale)
+                type(self.pipeline).save_lora_weights(folder, **{f"{self.network_name}_lora_layers": layers})
+            else:
+                self.network.save_pretrained(folder / self.network_name)
+        except SafetensorError as error:  # how safetensors reports a failed write
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+
+    def load_export(self, folder: Path) -> None:
+        """Put exported weights into this policy.
+
+        Raises:
+            UserError: the folder holds no export of this kind of adapter.
+        """
+        from safetensors.torch import load_file
+
+        if self.config.adapter == "lora":
+            from peft import set_peft_model_state_dict
+
+            file = folder / "pytorch_lora_weights.safetensors"
+            if not file.is_file():
+                raise UserError(f"{folder} holds no LoRA weights (pytorch_lora_weights.safetensors)")
+            prefix = f"{self.network_name}."
+            state: dict[str, Any] = scale_lora({k.removeprefix(prefix): v for k, v in load_file(file).items()}, 1 / self._lora_scale)
+            outcome = set_peft_model_state_dict(self.network, state)
+            if outcome.unexpected_keys:
+                raise UserError(f"{file} does not fit this model: unexpected {outcome.unexpected_keys[0]}")
+        else:
+            place = folder / self.network_name
+            if not (place / "config.json").is_file():
+                raise UserError(f"{folder} holds no exported {self.network_name} ({self.network_name}/config.json)")
+            loaded = type(self.network).from_pretrained(place, **{DTYPE_KEYWORD: torch.float32})
+            self.network.load_state_dict(loaded.state_dict())
