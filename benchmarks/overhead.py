@@ -88,7 +88,8 @@ class Case:
     def network(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         policy = self.trainer.policy
         size = self.trainer.config.training.rows_per_forward
-        embeds, pooled = policy.prompts.columns["embeds"], policy.prompts.columns["pooled"]
+        prompts = policy.prompts.take(torch.arange(len(policy.prompts)))
+        embeds, pooled = prompts["embeds"], prompts["pooled"]
         out = [
             policy.network(hidden_states=a, timestep=(s * 1000).float(), encoder_hidden_states=embeds[r], pooled_projections=pooled[r], return_dict=False)[0]
             for a, s, r in zip(x.split(size), sigma.split(size), rows.split(size), strict=True)

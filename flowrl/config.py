@@ -83,7 +83,20 @@ class ModelConfig(_Section):
     height: PositiveInt | None = Field(None, description="pixels; null = the model's own size")
     width: PositiveInt | None = None
     max_sequence_length: NonNegativeInt | None = Field(None, description="T5 tokens appended to a prompt; null = 256, or 0 for the embedded model")
+    guidance: NonNegativeFloat | None = Field(None, description="of guidance-distilled networks (FLUX.1-dev), which take it as an input; null = 3.5")
     gradient_checkpointing: Flag = False
+    text_encoders: Literal["keep", "offload", "free"] = Field(
+        "keep", description="after a prompt is encoded: stay on the device, wait in host memory, or, once all prompts of the run are encoded, be dropped"
+    )
+    prompt_storage: Literal["device", "host", "disk"] = Field("device", description="where embeddings of prompts are kept; disk: files mapped into memory")
+    prompt_folder: Text | None = Field(None, description="of embeddings on disk; runs and models may share it")
+    attention_backend: Text | None = Field(None, description="one of diffusers' attention backends, such as flash or sage; null = torch's own")
+    compile: Literal["off", "blocks", "whole"] = Field(
+        "off", description="torch.compile of the one network that samples and trains: its repeated blocks (fast to compile), or the whole"
+    )
+    vae_slicing: Flag = Field(False, description="decode one picture at a time")
+    vae_tiling: Flag = Field(False, description="decode large pictures in tiles, which blends their seams")
+    vae_channels_last: Flag = False
 
 
 class DataConfig(_Section):

@@ -145,7 +145,7 @@ def test_a_prompts_file_that_is_missing_empty_or_has_blank_lines(
 
 def other_class(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "LTXPipeline"}))
 
 
 def cut(folder: Path) -> None:
@@ -159,7 +159,7 @@ def cut(folder: Path) -> None:
         (shutil.rmtree, "does not exist; give a folder, a hub id such as"),
         (lambda folder: (folder / "model_index.json").unlink(), "is not a diffusers pipeline (no model_index.json)"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "could not be loaded as a"),
-        (other_class, "is a FluxPipeline, not a Stable Diffusion 3 pipeline"),
+        (other_class, "is a LTXPipeline; flowrl knows Stable Diffusion 3 (sd3)"),
         (lambda folder: shutil.rmtree(folder / "transformer"), "has no folder transformer, which its model_index.json names; copy the whole pipeline"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no folder tokenizer, which its model_index.json names; copy the whole pipeline"),
         (cut, "could not be loaded as a"),

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowrl.config import ModelConfig
 from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
-from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline
+from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline, resolve_model_path
 from flowrl.policies.prompts import PromptCache
 from flowrl.types import UserError, Velocity
 from samplers.schedules import sigma_grid
@@ -90,12 +90,32 @@ class DiffusionPolicy(ABC):
             self.network.requires_grad_(True)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+        self._speed_up()
         self.training_module: nn.Module = self.network  # the trainer may wrap it (DDP); the weights are the same
         self.rows = NetworkRows()
-        self.prompts = PromptCache(self._embed)
-        self._reference = False
+        self.prompts = self._prompt_cache()
+        self._reference = self._freed = False
         self.latent_shape = self._latent_shape()
         self.unconditional_row = int(self.prompt_rows([""])[0])
+
+    def _speed_up(self) -> None:
+        """Attention backend, compilation, and how the VAE works, as the config says."""
+        config = self.config
+        if config.attention_backend is not None:
+            try:
+                self.network.set_attention_backend(config.attention_backend)
+            except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+                raise UserError(f"model.attention_backend: {config.attention_backend} cannot be used: {str(error).splitlines()[0]}") from error
+        if config.compile == "blocks":
+            self.network.compile_repeated_blocks()
+        elif config.compile == "whole":
+            self.network.compile()
+        if config.vae_slicing:
+            self.vae.enable_slicing()
+        if config.vae_tiling:
+            self.vae.enable_tiling()
+        if config.vae_channels_last:
+            self.vae.to(memory_format=torch.channels_last)
 
     # --- what a family says ---
 
@@ -167,16 +187,45 @@ class DiffusionPolicy(ABC):
         # The last bits of an embedding may depend on its batch, and a resumed run meets the prompts in another order: one by one where runs are bit-exact.
         return self.prompts.rows(texts, batch=1 if self.device.type == "cpu" else 64)
 
+    def _prompt_cache(self) -> PromptCache:
+        config = self.config
+        folder = None if config.prompt_folder is None else Path(config.prompt_folder).expanduser()
+        return PromptCache(self._embed, device=self.device, storage=config.prompt_storage, folder=folder, identity=self._encoder_identity())
+
+    def _encoder_identity(self) -> str:
+        """What an embedding depends on beside its text: the encoders, by their files or their commit on the hub, and how they are called."""
+        where = Path(resolve_model_path(self.config.path))
+        files = sorted(file for file in where.glob("t*/*") if file.is_file()) if where.is_dir() else []  # text encoders and tokenizers
+        facts = [f"{file.parent.name}/{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        facts += [f"{type(encoder).__name__} {getattr(encoder.config, '_commit_hash', None)}" for encoder in self.text_encoders]
+        return "\n".join([str(where), type(self).__name__, self.config.dtype, str(self.config.max_sequence_length), *facts])
+
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+        if self._freed:
+            raise UserError(f"model.text_encoders: free, and the prompt '{texts[0]}' was not among those of the run's prompt sets; use offload")
         for encoder in self.text_encoders:
             encoder.to(self.device)
-        return self.embed(texts)
+        found = self.embed(texts)
+        if self.config.text_encoders == "offload":
+            for encoder in self.text_encoders:
+                encoder.to("cpu")
+        return found
+
+    def finish_prompts(self, texts: Sequence[str]) -> None:
+        """Encode all prompts of a run; where the config says so, the encoders are given up after that."""
+        if self.config.text_encoders != "free":
+            return
+        self.prompt_rows(texts)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if getattr(self.pipeline, name, None) is not None:
+                setattr(self.pipeline, name, None)
+        self._freed = True
 
     @property
     def pooled(self) -> Tensor:
         """The pooled embeddings [n, D] of all prompts that were ever asked for, by row number."""
-        return self.prompts.columns["pooled"]
+        return self.prompts.pooled
 
     # --- the network ---
 
@@ -187,7 +236,7 @@ class DiffusionPolicy(ABC):
             module = self.reference_network
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         with autocast:
-            out = self.predict(module, x, sigma, self.prompts.take(prompt_row.to(self.device)))
+            out = self.predict(module, x, sigma, self.prompts.take(prompt_row))
         self.rows.forward += len(x)
         self.rows.backward += len(x) if grad else 0
         return out.float()
