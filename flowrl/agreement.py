@@ -201,6 +201,8 @@ def _training(config: Config) -> Iterator[str]:
     for guidance_scale, name in ((rollout.guidance_scale, "rollout"), (config.evaluation.guidance_scale, "evaluation")):
         if guidance_scale > 1 and config.training.rows_per_forward < 2:
             yield f"training.rows_per_forward: with {name}.guidance_scale > 1 every image takes 2 rows; use at least 2"
+    if config.model.prompt_storage == "disk" and config.model.prompt_folder is None:
+        yield "model.prompt_storage: disk needs model.prompt_folder"
     if (config.model.height is None) != (config.model.width is None):
         yield "model.height and model.width: give both or neither"
     for where, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowrl import __version__
+from flowrl import __version__, cli_rewards
+from flowrl.cli_parts import complete_reward, examples, print_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from flowrl.config import Config
 
 __all__ = ["main"]
@@ -27,16 +26,12 @@ __all__ = ["main"]
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only some of its exceptions
 
 
-def _examples(*lines: str) -> str:
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
-
-
 app = typer.Typer(
     name="flowrl",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_examples(
+    epilog=examples(
         "flowrl train configs/tiny_flow_grpo.yaml run_dir=runs/first",
         "flowrl report runs/first",
         "flowrl sample --run runs/first 'a red circle above a blue square'",
@@ -106,12 +101,6 @@ def _complete_method(incomplete: str) -> list[str]:
     return [name for name in list_methods() if name.startswith(incomplete)]
 
 
-def _complete_reward(incomplete: str) -> list[str]:
-    from rewards.registry import REWARDS
-
-    return [name for name in REWARDS if name.startswith(incomplete)]
-
-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, values in YAML.", autocompletion=_complete_override),
@@ -119,7 +108,7 @@ Overrides = Annotated[
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "flowrl train configs/tiny_flow_grpo.yaml",
         "flowrl train configs/tiny_flow_grpo.yaml run_dir=runs/b seed=1 rollout.num_steps=8 'rewards={scene: 1.0}'",
         "flowrl train --resume runs/b training.iterations=400",
@@ -139,7 +128,7 @@ def train(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "flowrl pairs configs/tiny_flow_grpo.yaml --groups 500 --out pairs/base",
         "flowrl prefer configs/tiny_flow_dpo.yaml --pairs pairs/base run_dir=runs/dpo rollout.group_size=2 old_policy=null",
         "flowrl prefer --resume runs/dpo",
@@ -200,7 +189,7 @@ def _train(run_config: Config, resume: Path | None) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "flowrl sample 'a red circle' 'a blue square' --out pictures",
         "flowrl sample --run runs/first --prompts flowrl:tiny-sd3/unseen --images-per-prompt 4",
     )
@@ -247,7 +236,7 @@ def sample(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "flowrl pairs runs/first --out pairs/first --margin 0.2 --images",
         "flowrl pairs configs/tiny_flow_grpo.yaml --groups 500 --out pairs/base",
     )
@@ -257,9 +246,7 @@ def pairs(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where pairs.jsonl and its latents go; must be new or empty.")] = Path("pairs"),
     groups: Annotated[int | None, typer.Option(min=1, help="With a CONFIG: prompts to sample a group for.", show_default="one iteration's")] = None,
-    reward: Annotated[
-        str, typer.Option("--reward", "-r", help="The reward that decides; total = the weighted sum.", autocompletion=_complete_reward)
-    ] = "total",
+    reward: Annotated[str, typer.Option("--reward", "-r", help="The reward that decides; total = the weighted sum.", autocompletion=complete_reward)] = "total",
     margin: Annotated[float, typer.Option(min=0, help="Rewards of a pair differ by more than this.")] = 0.0,
     max_pairs: Annotated[int | None, typer.Option(min=1, help="Keep so many, evenly spread.", show_default="all")] = None,
     per_group: Annotated[int, typer.Option(min=1, help="Best against worst, next best against next worst, ...: so many from each group.")] = 1,
@@ -290,7 +277,7 @@ def pairs(
 
 @app.command(
     "eval",
-    epilog=_examples(
+    epilog=examples(
         "flowrl eval runs/first",
         "flowrl eval runs/first --reward scene_strict --reward jpeg_compressibility --split unseen --num-images 1024",
         "flowrl eval configs/tiny_flow_grpo.yaml --guidance-scale 1 --guidance-scale 3",
@@ -300,7 +287,7 @@ def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or a config to evaluate its base model.")],
     rewards: Annotated[
         list[str] | None,
-        typer.Option("--reward", "-r", help="Repeatable.", show_default="the run's evaluation rewards", autocompletion=_complete_reward),
+        typer.Option("--reward", "-r", help="Repeatable.", show_default="the run's evaluation rewards", autocompletion=complete_reward),
     ] = None,
     splits: Annotated[list[str] | None, typer.Option("--split", "-s", help="Prompt set, repeatable.", show_default="all of data.eval")] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", min=2, help="Per prompt set.", show_default="final_num_images")] = None,
@@ -341,7 +328,7 @@ def evaluate(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "flowrl estimate configs/tiny_flow_grpo.yaml",
         "flowrl estimate configs/tiny_flow_grpo.yaml rollout.same_noise=false --no-measure --json",
     )
@@ -372,7 +359,7 @@ def estimate(
         typer.echo(json.dumps(expected.as_dict() | {"measured": measured.as_dict() if measured else None}))
 
 
-@app.command(epilog=_examples("flowrl report runs/first"))
+@app.command(epilog=examples("flowrl report runs/first"))
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")]) -> None:
     """Write RUN/report.html, one file with all curves and the pictures before and after, and print its path."""
     from flowrl.report import write_report
@@ -380,7 +367,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run direct
     typer.echo(write_report(run))
 
 
-@app.command(epilog=_examples("flowrl methods", "flowrl methods flow_grpo"))
+@app.command(epilog=examples("flowrl methods", "flowrl methods flow_grpo"))
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_method, show_default=False)] = None,
 ) -> None:
@@ -393,7 +380,7 @@ def methods(
 
     known = list_methods()
     if name is None:
-        _print_table(("method", "what it does"), [(key, method.summary) for key, method in known.items()])
+        print_table(("method", "what it does"), [(key, method.summary) for key, method in known.items()])
         return
     if name not in known:
         raise UserError(f"unknown method {name}; {did_you_mean(name, known)}")
@@ -404,12 +391,7 @@ def methods(
     typer.echo("\n".join([*lines, "", "Defaults:", OmegaConf.to_yaml(OmegaConf.create(method.config)).rstrip()]))
 
 
-@app.command("rewards", epilog=_examples("flowrl rewards"))
-def list_all_rewards() -> None:
-    """List the rewards that a config can name. Your own: `module:attribute`."""
-    from rewards.registry import list_rewards
-
-    _print_table(("reward", "range", "what it scores"), [(r.name, f"{r.low:g} .. {r.high:g}", r.description) for r in list_rewards()])
+app.add_typer(cli_rewards.app)
 
 
 def _load(path: Path, overrides: Sequence[str]) -> Config:
@@ -428,21 +410,9 @@ def _run_config(run: Path, config: Path | None = None, overrides: Sequence[str] 
     return loaded if Path(loaded.run_dir).resolve() == run.resolve() else loaded.model_copy(update={"run_dir": str(run)})
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers_from: int | None = None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table: Table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if numbers_from is None or index < numbers_from else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
-
-
 def _print_noted(columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str]) -> None:
     """A table of numbers with its notes below."""
-    _print_table(columns, rows, numbers_from=1)
+    print_table(columns, rows, numbers_from=1)
     for note in notes:
         typer.echo(note)
 
@@ -467,7 +437,7 @@ def _print_evaluations(rows: Iterable[Mapping[str, Any]]) -> None:
             change = f"{difference:+.3f}{'*' if apart else ' '}"
         count = (tuned or base or {}).get("n", "")
         lines.append((split, reward, f"{guidance_scale:g}", interval(base), interval(tuned), change, str(count)))
-    _print_table(("prompts", "reward", "CFG", "base", "tuned", "change", "images"), lines, numbers_from=2)
+    print_table(("prompts", "reward", "CFG", "base", "tuned", "change", "images"), lines, numbers_from=2)
     typer.echo("mean ± half of the 95 % confidence interval; * = the intervals of base and tuned do not overlap")
 
 

@@ -390,6 +390,7 @@ class KLConfig(_Section):
 
 
 class OptimizerConfig(_Section):
+    name: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: moments in 8 bits (extra `8bit`), a quarter of the memory; CUDA only")
     learning_rate: PositiveFloat = 3e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
@@ -406,8 +407,9 @@ class EmaConfig(_Section):
 
 class TrainingConfig(_Section):
     iterations: PositiveInt = 100
-    rows_per_forward: PositiveInt = Field(256, description="network rows in one rollout forward; bounded by memory only")
-    rows_per_backward: PositiveInt = Field(256, description="network rows in one training forward+backward; bounded by memory only")
+    rows_per_forward: PositiveInt = Field(256, description="network rows in one rollout forward; halved for good when memory runs out")
+    rows_per_backward: PositiveInt = Field(256, description="network rows in one training forward+backward; halved for good when memory runs out")
+    offload_rollouts: Flag = Field(False, description="keep the latents of an iteration in host memory until they are trained")
     checkpoint_every: PositiveInt = 25
     keep_checkpoints: PositiveInt = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -120,7 +120,8 @@ class Evaluator:
         for chunk in self._chunks(num_images, len(self.splits[split])):
             noise = torch.stack([torch.randn(self.policy.latent_shape, generator=generator("eval", self.seed, split, i)) for i in chunk])
             texts = [prompts[i].text for i in chunk]
-            latents = sample_ode(velocity, noise.to(self.policy.device), self.sigmas, self.policy.prompt_rows(texts))
+            start, rows = noise.to(self.policy.device), self.policy.prompt_rows(texts)
+            latents = sample_ode(velocity, start, self.sigmas, rows, prediction=self.policy.prediction)
             images = self.policy.decode(latents)
             group = torch.tensor(chunk) % len(self.splits[split]) if self.rewards.compares else None
             scores = self.rewards.score(SampleBatch([prompts[i] for i in chunk], images=images, group=group))

@@ -45,6 +45,18 @@ class Meters:
         self._grad_norms: list[Tensor] = []
         self._tuning: list[Tensor] = []
 
+    def mark(self) -> list[int]:
+        """How much has been measured so far, for `rewind`."""
+        return [len(chunks) for chunks in self._lists()]
+
+    def rewind(self, mark: list[int]) -> None:
+        """Forget what was measured since a mark."""
+        for chunks, length in zip(self._lists(), mark, strict=True):
+            del chunks[length:]
+
+    def _lists(self) -> list[list[Tensor]]:
+        return [*self._chunks.values(), self._steps, self._first, self._grad_norms, self._tuning]
+
     def add(
         self,
         metrics: Mapping[str, Tensor],

@@ -40,7 +40,7 @@ def sample_to_folder(
     seed: int,
     images_per_prompt: int,
 ) -> list[Path]:
-    """Draw pictures with Euler steps of the flow ODE and write them as PNG files, see `picture_names`.
+    """Draw pictures with deterministic steps (Euler of the flow ODE, or DDIM with eta 0) and write them as PNG files, see `picture_names`.
 
     Picture k of a prompt follows from the seed, the prompt's text and k, whatever the other prompts, the policy and the batch size; so two
     calls with two checkpoints can be compared picture by picture.
@@ -80,7 +80,8 @@ def sample_to_folder(
             chunk = wanted[start : start + rows]
             noise = torch.stack([torch.randn(policy.latent_shape, generator=generator("sample", seed, text, k)) for text, k in chunk])
             with torch.no_grad():
-                latents = sample_ode(velocity, noise.to(policy.device), sigmas, policy.prompt_rows([text for text, _ in chunk]))
+                prompt_rows = policy.prompt_rows([text for text, _ in chunk])
+                latents = sample_ode(velocity, noise.to(policy.device), sigmas, prompt_rows, prediction=policy.prediction)
             for file, pixels in zip(files[start : start + rows], policy.decode(latents), strict=False):
                 replace_file(file, png_of(pixels))
     return files

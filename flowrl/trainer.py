@@ -29,7 +29,9 @@ from flowrl.data import GroupSampler, load_prompts
 from flowrl.evaluation import Evaluator, build_rewards, save_grid, sigmas_of
 from flowrl.likelihood_agreement import trains_steps
 from flowrl.likelihoods.transition import TransitionLikelihood
+from flowrl.memory import halved
 from flowrl.meters import Meters
+from flowrl.optimizers import make_optimizer
 from flowrl.pairs import load_pairs
 from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows
 from flowrl.policies.base import NetworkRows
@@ -50,7 +52,7 @@ from flowrl.updates.pairs import PairUpdate, needs_reference
 from flowrl.updates.transition import TransitionUpdate
 from rewards.composite import ConstantRewardMonitor, Pending, WeightedRewards
 from rewards.composite import join_scores as join_parts
-from samplers.forest import concatenate, leaves_only
+from samplers.forest import concatenate, leaves_only, move
 from samplers.kernels import check_noise_level, load_kernel
 from samplers.plans import Plan
 from samplers.rollout import execute
@@ -81,6 +83,8 @@ class Trainer:
         self.rewards, eval_rewards = self._load_rewards()
         rows, keep = config.training.rows_per_forward, needs_reference(config)
         self.policy = make_policy(config.model, self.accelerator.device, rows_per_forward=rows, keep_reference=keep)
+        every = [self.prompts, *self.splits.values()]
+        self.policy.finish_prompts([prompt.text for prompts in every for prompt in prompts])
         self.policy.training_module = self.accelerator.prepare(self.policy.network)
         self._check_kernel()
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
@@ -90,8 +94,8 @@ class Trainer:
         self.assigner = Assigner(config, self._sum, self.reward_weights)
         self.sampler = GroupSampler(len(self.prompts), config.rollout.groups_per_iteration, config.seed)
         self.parameters = self.policy.trainable()
-        o = config.optimizer
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self.optimizer = make_optimizer(config.optimizer, self.parameters)
+        self.rows_per_backward = config.training.rows_per_backward
         e = config.ema
         self.ema = Ema(self.parameters, decay=e.decay, every=e.every, warmup=e.warmup) if e is not None else None
         old = config.old_policy
@@ -316,7 +320,7 @@ class Trainer:
                     reduction=config.rollout.log_prob_reduction,
                     keep_velocity=self.assigner.keep_velocity,
                 )
-                parts.append(part)
+                parts.append(move(part, torch.device("cpu")) if config.training.offload_rollouts else part)
                 shown = [prompts[start + g] for g in part.leaf_group.tolist()]
                 batch = SampleBatch(shown, images=self.policy.decode(part.leaves), group=part.leaf_group + start)
                 pending.append(self.rewards.submit(batch))
@@ -536,12 +540,31 @@ class Trainer:
             self.idle_rows += update.rows_per_unit
         world = self.accelerator.num_processes
         weights = Weights(weight, world / total, 0.0 if idle else world / total_units)
-        chunks = units.split(max(1, config.training.rows_per_backward // update.rows_per_unit))
+        mark, rows = update.meters.mark(), NetworkRows(self.policy.rows.forward, self.policy.rows.backward)
+        while True:
+            try:
+                self._in_micro_batches(update, units, weights, first=first, idle=idle)
+                return True
+            except torch.OutOfMemoryError as error:
+                if world > 1:
+                    raise UserError(
+                        f"training.rows_per_backward: {self.rows_per_backward} do not fit into the memory of {self.policy.device}, and the processes cannot "
+                        "step back together; the last checkpoint is kept: go on with a smaller number, or with model.gradient_checkpointing: true"
+                    ) from error
+            # outside of the handler, so that nothing holds on to the tensors of the failed attempt
+            self.optimizer.zero_grad()
+            update.meters.rewind(mark)
+            self.policy.rows.forward, self.policy.rows.backward = rows.forward, rows.backward
+            fitting = min(self.rows_per_backward, len(units) * update.rows_per_unit)
+            help = "set model.gradient_checkpointing: true, model.dtype: bfloat16, adapter: lora, or smaller pictures"
+            self.rows_per_backward = halved("training.rows_per_backward", fitting, self.policy.device, help=help)
+
+    def _in_micro_batches(self, update: Update, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> None:
+        chunks = units.split(max(1, self.rows_per_backward // update.rows_per_unit))
         for number, chunk in enumerate(chunks):
             last = number == len(chunks) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.training_module):
                 self.accelerator.backward(update.loss(chunk, weights, first=first, idle=idle))
-        return True
 
     def _apply_gradients(self, meters: Meters) -> None:
         o = self.config.optimizer
@@ -603,6 +626,7 @@ class Trainer:
             "reward_weights": self.reward_weights.state_dict(),
             "assigner": self.assigner.state_dict(),
             "random": states,
+            "fitting": {"rows_per_forward": self.policy.rows_per_forward, "rows_per_backward": self.rows_per_backward},
             "counters": {"num_updates": self.num_updates, "images": self.images, "rows_total": self.rows_total, "elapsed": self.elapsed},
         }
 
@@ -628,6 +652,9 @@ class Trainer:
         if "reward_weights" in state and self.config.reward_weights.kind != "fixed":
             self.reward_weights.load_state_dict(state["reward_weights"])
             self.rewards.weights = self.reward_weights.weights
+        fitting = state.get("fitting", {})  # what an earlier process found to fit into memory
+        self.policy.rows_per_forward = min(self.policy.rows_per_forward, fitting.get("rows_per_forward", self.policy.rows_per_forward))
+        self.rows_per_backward = min(self.rows_per_backward, fitting.get("rows_per_backward", self.rows_per_backward))
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
         else:

@@ -1,6 +1,7 @@
 """Rewards: what a run is trained for. One reward per file, found by name through ``rewards.registry``.
 
-A new reward is a file here and one line in ``rewards.table.REWARDS``; a private one is ``module:attribute`` in the config.
+A new reward is a file here and one line in ``rewards.table.REWARDS``; a private one is ``module:attribute`` in the config, and a package of its own brings some
+through the entry-point group ``flowrl.rewards``, see ``rewards.plugins``.
 """
 
 from rewards.composite import ConstantRewardMonitor, WeightedRewards

@@ -1,7 +1,7 @@
 """Weights and optional packages of rewards: found, loaded, or explained in one line.
 
-Weights come from a folder, a file, or the model hub by ``owner/name``. Nothing is ever unpickled: tensors are read from safetensors files, or from torch files with
-``weights_only=True``.
+Weights come from a folder, a file, or the model hub by ``owner/name``. No pickle runs code here: tensors are read from safetensors files, or from torch files
+with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowrl.types import UserError
 
-__all__ = ["load_pretrained", "load_tensors", "locate_file", "packaged_file", "require"]
+__all__ = ["load_network", "load_pretrained", "load_tensors", "locate_file", "packaged_file", "require"]
 
 
 def require(reward: str, module: str, extra: str) -> ModuleType:
@@ -73,6 +73,32 @@ def load_pretrained(reward: str, load: Callable[..., Any], source: str, **option
         if place.exists():
             raise UserError(f"reward {reward}: {place} could not be loaded ({_one_line(error)})") from error
         raise UserError(_unreachable(reward, source, error)) from error
+
+
+def load_network(reward: str, load: Callable[..., Any], source: str, **options: Any) -> Any:
+    """`load_pretrained` for a network of transformers, all of whose weights must be in the checkpoint.
+
+    transformers fills weights that a checkpoint lacks with random numbers, and only warns; a reward must not. Weights that the network has no use for, such as
+    the text tower where only the image tower is loaded, are passed over.
+
+    Raises:
+        UserError: as `load_pretrained`; or a weight is missing or has another shape, the message names the first.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report lists every weight that is passed over
+    try:
+        network, report = load_pretrained(reward, load, source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    finally:
+        logging.set_verbosity(level)
+    wrong = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"reward {reward}: {source} lacks {len(wrong)} weights of a {type(network).__name__}, or has them in another shape, {wrong[0]} for one; "
+            "give the checkpoint that the reward's page names"
+        )
+    return network
 
 
 def load_tensors(reward: str, path: Path) -> dict[str, Tensor]:

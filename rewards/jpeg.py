@@ -48,6 +48,8 @@ class JpegReward:
             low=float("-inf") if smaller else 0.0,
             high=0.0 if smaller else float("inf"),
             source="DDPO, arXiv:2305.13301",
+            reads=("images",),
+            runs_on="cpu",
         )
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -12,14 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores
+from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
 from rewards.pictures import pictures_of
 
-__all__ = ["NetworkReward"]
+__all__ = ["NetworkReward", "check_choice"]
+
+
+def check_choice(reward: str, argument: str, value: object, choices: Sequence[str]) -> None:
+    """Check an argument of a constructor.
+
+    Raises:
+        UserError: ``value`` is none of the choices.
+    """
+    if value not in choices:
+        raise UserError(f"reward {reward}: {argument} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
 
 
 class NetworkReward(ABC):
-    """A reward of pictures by a network that a checkpoint is loaded into. Constructors take plain config values, touch no weights and import nothing optional."""
+    """A reward of pictures by a network. Constructors take plain config values; they touch no weights and import nothing optional."""
 
     info: RewardInfo
     network: nn.Module | None = None
@@ -40,8 +50,13 @@ class NetworkReward(ABC):
         self.to(device)
 
     def to(self, device: torch.device) -> None:
-        """Move the network."""
-        assert self.network is not None, "load comes first"
+        """Move the network.
+
+        Raises:
+            RuntimeError: ``load`` was not called.
+        """
+        if self.network is None:
+            raise RuntimeError(f"reward {self.info.name}: load must be called before to")
         self.network.to(device)
         self.device = device
 
@@ -59,6 +74,6 @@ class NetworkReward(ABC):
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             values, raw = self.measure(images.to(self.device), batch.prompts)
         values = values.float().cpu().clone()
-        problems = {i: "the picture has NaN or infinite pixels" for i in torch.nonzero(~valid).flatten().tolist()}
+        problems = dict.fromkeys(torch.nonzero(~valid).flatten().tolist(), "the picture has NaN or infinite pixels")
         values[~valid] = torch.nan
         return Scores(values, valid, {name: torch.where(valid, column.float().cpu(), torch.nan) for name, column in raw.items()}, problems)

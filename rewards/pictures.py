@@ -58,12 +58,12 @@ class Preprocessing:
 
     Attributes:
         size: height and width that the tower takes.
-        fit: "shortest" = the shorter side becomes ``resize`` and the middle is cut out; "longest" = the longer side becomes ``size`` and the rest is padded with
-            black; "squash" = both sides become ``size``, whatever the shape.
+        fit: "shortest" = the shorter side becomes ``resize`` and the middle is cut out as torchvision does (of an odd rest, transformers may cut the other
+            side more); "longest" = the longer side becomes ``size`` and the rest is black; "squash" = both sides become ``size``, whatever the shape.
         mean, std: of the channels, in [0, 1].
-        resize: shorter side before the cut; None = ``size``.
-        backend: "pil" = resized by Pillow and rounded to 8 bit, as in the published scripts; "tensor" = the same filter on the pictures' device, without rounding,
-            for speed. They differ by about 1/255 in a pixel.
+        resize: shorter side before the cut, ``size`` or more; None = ``size``.
+        backend: "pil" = resized by Pillow and rounded to 8 bit, as in the published scripts; "tensor" = the same filter on the pictures' device, without
+            rounding, for speed. They differ by about 1/255 in a pixel.
     """
 
     size: int
@@ -73,6 +73,10 @@ class Preprocessing:
     resize: int | None = None
     backend: Literal["pil", "tensor"] = "tensor"
     filter: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and (self.fit != "shortest" or self.resize < self.size):
+            raise ValueError(f"resize {self.resize} must be {self.size} or more, and is for fit 'shortest', not {self.fit!r}")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] float in [0, 1] -> [B, 3, size, size] float32 on their device."""
@@ -111,5 +115,3 @@ class Preprocessing:
             return F.pad(resized, (right // 2, right - right // 2, down // 2, down - down // 2))
         top, left = round(-down / 2), round(-right / 2)
         return resized[:, :, top : top + self.size, left : left + self.size]
-
-

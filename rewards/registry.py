@@ -1,7 +1,7 @@
 """Rewards by name: a table of import strings, so that a run imports only the rewards it asks for.
 
-A config names a reward by a key of ``REWARDS`` or by an import string ``module:attribute``. The module is looked for among the installed
-packages and then in the current folder. What the attribute is decides how it is used, in this order:
+A config names a reward by a key of ``REWARDS``, by the name that an installed plug-in gave it, or by an import string: ``rewards.plugins`` finds it.
+What is found decides how it is used, in this order:
 
 1. a class is called with the config's ``args``;
 2. an object with ``info``, ``load`` and ``score`` is a finished reward; it takes no ``args``;
@@ -14,23 +14,19 @@ A class or a factory must give a finished reward or a scoring function. Nothing 
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
-import operator
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowrl.types import Reward, RewardInfo, SampleBatch, Scores, UserError
+from rewards.plugins import describe_error, find, import_target, suggest
 from rewards.table import REWARDS
 
-__all__ = ["FunctionReward", "describe_error", "list_rewards", "load_reward", "scene_strict"]
+__all__ = ["FunctionReward", "arguments", "describe_error", "list_rewards", "load_reward", "scene_strict"]
 
 ScoringFunction = Callable[[SampleBatch], Tensor | Scores | Sequence[float]]
 
@@ -39,19 +35,29 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> Reward:
     """Make the reward that a config asks for; its ``load`` is still to be called.
 
     Args:
-        name: a key of ``REWARDS``, or ``module:attribute`` (see the module's text for what the attribute may be). A module in the current
-            folder is found; for that the folder is appended to ``sys.path``, for good, so that the module's own imports work later too.
+        name: a registered name (``-`` and ``_``, and upper and lower case are the same), that of an installed plug-in, ``module:attribute``, or
+            ``path/to/file.py:attribute``; see the module's text for what the attribute may be.
         args: keyword arguments of the class or function.
     Raises:
-        UserError: the name is unknown, the import fails, the arguments do not fit, or the result is not a reward.
+        UserError: the name is unknown or taken twice, the import fails, the arguments do not fit, or the result is not a reward.
     """
-    target = REWARDS.get(name, name)
-    if ":" not in target:
-        raise UserError(f"unknown reward '{name}'{_suggest(name, REWARDS)}; see `flowrl rewards`, or give your own as module:attribute")
-    found, args = _import(name, target), dict(args or {})
+    found, args = import_target(name, find(name)), dict(args or {})
     if inspect.isclass(found) or not (isinstance(found, Reward) or _takes_batch(found)):
         found, args = _call(name, found, args), {}
     return _as_reward(name, found, args)
+
+
+def arguments(name: str) -> list[inspect.Parameter]:
+    """What ``args`` may hold for a reward: the parameters of its class or function, without the batch. This imports its module, but makes nothing.
+
+    Raises:
+        UserError: as `load_reward`, for the name and the import.
+    """
+    found = import_target(name, find(name))
+    if not callable(found) or (isinstance(found, Reward) and not inspect.isclass(found)):
+        return []
+    parameters = _parameters(found)
+    return parameters[1:] if not inspect.isclass(found) and _takes_batch(found) else parameters
 
 
 def list_rewards() -> list[RewardInfo]:
@@ -104,36 +110,6 @@ class FunctionReward:
         return Scores(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def describe_error(error: BaseException) -> str:
-    """``Type: message`` on one line of at most 300 characters."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= 300 else line[:297] + "..."
-
-
-def _import(name: str, target: str) -> object:
-    module_name, _, attribute = target.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
-        raise UserError(f"reward '{name}' is no import string; write module:attribute, such as my_rewards:sharpness for my_rewards.py")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
-            raise UserError(f"reward '{name}': importing module '{module_name}' failed with {describe_error(error)}") from error
-        hint = f"; write {module_name.removesuffix('.py')}:{attribute}, without .py" if module_name.endswith(".py") else ""
-        raise UserError(f"reward '{name}': no module '{missing}' among the installed packages or in {folder}{hint}") from error
-    try:
-        return operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        place = getattr(module, "__file__", None) or "built in"
-        hint = _suggest(attribute, (key for key in vars(module) if not key.startswith("_")))
-        raise UserError(f"reward '{name}': module '{module_name}' ({place}) has no attribute '{attribute}'{hint}") from error
-
-
 def _call(name: str, factory: object, args: dict[str, Any]) -> object:
     if not callable(factory):
         lacking = [member for member in ("info", "load", "score") if not hasattr(factory, member)]
@@ -184,12 +160,7 @@ def _check_args(name: str, parameters: list[inspect.Parameter], args: Mapping[st
     is_open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     for unknown in (key for key in args if key not in named and not is_open):
         known = f"it takes {', '.join(sorted(named))}" if named else "it takes none"
-        raise UserError(f"reward '{name}' has no argument '{unknown}'{_suggest(unknown, named)}; {known}")
+        raise UserError(f"reward '{name}' has no argument '{unknown}'{suggest(unknown, named)}; {known}")
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     for needed in (p.name for p in parameters if p.default is p.empty and p.kind not in variable and p.name not in args):
         raise UserError(f"reward '{name}' needs the argument '{needed}'; set it under `args`{hint}")
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(word.casefold().replace("-", "_"), known, n=1)
-    return f" (did you mean '{nearest[0]}'?)" if nearest else ""

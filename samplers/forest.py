@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowrl.types import Rollout
 
-__all__ = ["concatenate", "leaves_only", "select_edges"]
+__all__ = ["concatenate", "leaves_only", "move", "select_edges"]
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:
@@ -111,3 +111,10 @@ def leaves_only(latents: Tensor, group: Tensor) -> Rollout:
         kernel="ode",
         forward_rows=0,
     )
+
+
+def move(rollout: Rollout, device: torch.device) -> Rollout:
+    """The same with its latents on another device."""
+    names = ("leaves", "row_x", "row_velocity", "edge_x_next", "edge_old_log_prob")
+    values = {name: getattr(rollout, name) for name in names}
+    return dataclasses.replace(rollout, **{name: value.to(device) for name, value in values.items() if value is not None})

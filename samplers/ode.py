@@ -1,4 +1,4 @@
-"""Deterministic steps of the flow ODE.
+"""Deterministic steps: of the flow ODE, and of networks that predict epsilon or v, for which they are DDIM with eta 0 (samplers/ddim.py).
 
 Euler: x' = x + (sigma' - sigma) v. The `step` of diffusers' flow-match Euler scheduler.
 Heun (order 2): x' = x + (sigma' - sigma) / 2 (v(x, sigma) + v(x_e, sigma')), x_e the Euler step: the mean of x and of two Euler steps of that length.
@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samplers.kernels import Step, Transition, expand
+from samplers.kernels import Kernel, Step, Transition, expand, load_kernel
 
-__all__ = ["Ode", "heun_correction"]
+__all__ = ["Ode", "heun_correction", "noiseless_kernel"]
 
 
 class Ode:
@@ -43,3 +43,12 @@ def heun_correction(x: Tensor, predicted: Tensor, velocity: Tensor, step: Step) 
         x: [N, L...] at sigma. predicted: [N, L...], the Euler step from there to sigma_next. velocity: [N, L...] of ``predicted`` at sigma_next.
     """
     return (x + Ode().moments(predicted, velocity, step).mean) / 2
+
+
+def noiseless_kernel(prediction: str = "flow") -> Kernel:
+    """The kernel of deterministic steps, all with noise level 0: Euler for flow networks, else DDIM.
+
+    Raises:
+        ValueError: the prediction is not in samplers.kernels.PREDICTIONS.
+    """
+    return load_kernel("ode") if prediction == "flow" else load_kernel("ddim", prediction)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flowrl.types import Rollout, Velocity
 from samplers.dpmpp import dpmpp_2m_step
-from samplers.kernels import Step, expand, load_kernel
-from samplers.ode import heun_correction
+from samplers.kernels import PREDICTIONS, Step, expand, load_kernel
+from samplers.ode import heun_correction, noiseless_kernel
 from samplers.plans import Plan, Solver
 
 __all__ = ["execute", "sample_ode"]
@@ -55,10 +55,14 @@ class _Wave:
 class _Executor:
     """State of one `execute`; the methods are its stages."""
 
-    def __init__(self, plan: Plan, generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, plan: Plan, generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, prediction: str
+    ) -> None:
         self.plan, self.generators, self.shape, self.device, self.dtype = plan, generators, shape, device, dtype
-        self.kernel, self.euler = load_kernel(plan.kernel), load_kernel("ode")
+        self.kernel, self.noiseless = load_kernel(plan.kernel, prediction), noiseless_kernel(prediction)
         self.multistep = any(node.solver == "dpm++" for node in plan.nodes)
+        if prediction != "flow" and any(node.solver != "ode" for node in plan.nodes):
+            raise ValueError(f"{_SOLVERS['heun']} and {_SOLVERS['dpm++']} steps need a flow velocity; this network predicts {PREDICTIONS[prediction]}")
 
     def noise(self, count: int) -> Tensor:
         """[P, count, L...], each group from its own generator."""
@@ -77,7 +81,7 @@ class _Executor:
         return torch.where(alone, own, (shared + scale * own) / math.sqrt(1 + scale**2))
 
     def deterministic(self, wave: _Wave, before: _Wave | None, v: Tensor, children: Sequence[int]) -> Tensor:
-        """[P, n, L...] latents of deterministic edges: Euler, or with the memory of the wave before DPM-Solver++ or Heun's correction of an Euler step."""
+        """[P, n, L...] latents of deterministic edges: first order, or with the memory of the wave before DPM-Solver++ or Heun's correction of an Euler step."""
         nodes, count = self.plan.nodes, len(self.generators)
         position = [wave.nodes.index(nodes[c].parent) for c in children]
         same = position == list(range(len(wave.nodes)))
@@ -87,7 +91,7 @@ class _Executor:
         if len(solvers) > 1:
             raise ValueError(f"a wave mixes {' and '.join(text for name, text in _SOLVERS.items() if name in solvers)} steps; give each its own wave")
         if "ode" in solvers:
-            return self.euler.moments(x.flatten(0, 1), velocity.flatten(0, 1), step).mean.view_as(x)
+            return self.noiseless.moments(x.flatten(0, 1), velocity.flatten(0, 1), step).mean.view_as(x)
         above = [nodes[nodes[c].parent].parent for c in children]
         assert before is not None
         if "heun" in solvers:
@@ -126,22 +130,26 @@ def execute(
     reduction: str = "mean",
     dtype: torch.dtype = torch.float32,
     keep_velocity: bool = False,
+    prediction: str = "flow",
 ) -> Rollout:
     """Sample P groups.
 
     Args:
-        velocity: the policy; called once a wave with all of the wave's rows.
+        velocity: the policy's prediction; called once a wave with all of the wave's rows.
         prompt_rows: [P] int64, what the policy calls each group's prompt.
         generators: one per group; they fix all noise of the group, on the generator's own device.
         latent_shape: L... .
         reduction: log-probability over latent elements, "mean" or "sum".
         dtype: of latents; log-probabilities are float32.
         keep_velocity: keep the velocity of every training row.
+        prediction: what ``velocity`` predicts, a key of PREDICTIONS; for epsilon and v_prediction deterministic steps are DDIM's.
     Returns:
         The rollout; leaves are ordered group by group. Rows of kept steps have no edge; a plan that trains no edge leaves all edge tensors empty.
+    Raises:
+        ValueError: the plan's kernel or solver does not understand the prediction.
     """
     num_groups, nodes, shape = len(generators), plan.nodes, tuple(latent_shape)
-    run = _Executor(plan, generators, shape, device, dtype)
+    run = _Executor(plan, generators, shape, device, dtype, prediction)
     trained = [i for i, node in enumerate(nodes) if node.trained]
     edge_slot = {i: slot for slot, i in enumerate(trained)}
     row_slot = {i: slot for slot, i in enumerate(plan.train_rows)}
@@ -237,17 +245,18 @@ def _ancestors(plan: Plan, node: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample_ode(velocity: Velocity, noise: Tensor, sigmas: Sequence[float], prompt_rows: Tensor) -> Tensor:
-    """Euler samples of the flow ODE.
+def sample_ode(velocity: Velocity, noise: Tensor, sigmas: Sequence[float], prompt_rows: Tensor, *, prediction: str = "flow") -> Tensor:
+    """Deterministic samples: Euler steps of the flow ODE, or DDIM with eta 0.
 
     Args:
-        noise: [B, L...] start noise at sigmas[0].
+        noise: [B, L...] start noise at sigmas[0]: N(0, 1), also where sigmas[0] of an epsilon or v network lies below 1, as diffusers starts there.
         prompt_rows: [B] int64.
+        prediction: what ``velocity`` predicts, a key of samplers.kernels.PREDICTIONS.
     Returns:
         [B, L...] clean latents.
     """
-    euler, x = load_kernel("ode"), noise
+    kernel, x = noiseless_kernel(prediction), noise
     for sigma, sigma_next in itertools.pairwise(sigmas):
         here, after = (torch.full((len(x),), s, dtype=torch.float64) for s in (sigma, sigma_next))
-        x = euler.moments(x, velocity(x, here, prompt_rows), Step(here, after, torch.full_like(here, sigmas[1]), torch.zeros_like(here))).mean
+        x = kernel.moments(x, velocity(x, here, prompt_rows), Step(here, after, torch.full_like(here, sigmas[1]), torch.zeros_like(here))).mean
     return x

@@ -47,8 +47,8 @@ class TransitionOutput(NamedTuple):
     transition: Transition
 
 
-def select_rows(rollout: Rollout, rows: Tensor, prompt_rows: Tensor) -> StepBatch:
-    """The micro-batch of some training rows and all trained edges that leave them.
+def select_rows(rollout: Rollout, rows: Tensor, prompt_rows: Tensor, device: torch.device | None = None) -> StepBatch:
+    """The micro-batch of some training rows and all trained edges that leave them; its latents on ``device`` (None = where they are).
 
     Args:
         rows: [R] int64 into the rollout's rows, in any order, no repeats.
@@ -58,11 +58,11 @@ def select_rows(rollout: Rollout, rows: Tensor, prompt_rows: Tensor) -> StepBatc
     place[rows] = torch.arange(len(rows))
     edge = torch.nonzero(place[rollout.edge_row] >= 0).squeeze(1)
     return StepBatch(
-        x=rollout.row_x[rows.to(rollout.row_x.device)],
+        x=rollout.row_x[rows.to(rollout.row_x.device)].to(device),
         sigma=rollout.row_sigma[rows],
         prompt_row=prompt_rows[rollout.row_group[rows]],
         edge_row=place[rollout.edge_row[edge]],
-        x_next=rollout.edge_x_next[edge.to(rollout.edge_x_next.device)],
+        x_next=rollout.edge_x_next[edge.to(rollout.edge_x_next.device)].to(device),
         step=Step(rollout.edge_sigma[edge], rollout.edge_sigma_next[edge], rollout.edge_sigma_guard[edge], rollout.edge_noise_level[edge]),
         edge=edge,
     )

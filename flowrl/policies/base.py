@@ -15,9 +15,9 @@ import copy
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowrl.config import ModelConfig
+from flowrl.memory import halved
 from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
 from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline, resolve_model_path
 from flowrl.policies.prompts import PromptCache
@@ -35,6 +36,7 @@ from samplers.schedules import sigma_grid
 
 __all__ = ["DiffusionPolicy", "NetworkRows"]
 
+_SMALLER_MODEL = "set model.dtype: bfloat16, model.text_encoders: offload, smaller pictures, or shard the model over several devices"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,15 +72,20 @@ class DiffusionPolicy(ABC):
     """Endings of the modules that get LoRA adapters."""
     prediction = "flow"
     """A key of samplers.kernels.PREDICTIONS."""
+    pipeline_grid: ClassVar[str] = "diffusers"
+    """A key of samplers.schedules.GRIDS: what the pipeline samples on by itself, and so what the grid `diffusers` means here."""
 
     def __init__(self, config: ModelConfig, device: torch.device, *, rows_per_forward: int = 256, keep_reference: bool = False) -> None:
         self.config, self.device, self.rows_per_forward = config, device, rows_per_forward
+        self.pictures_at_once = rows_per_forward
         self.dtype = _DTYPES[config.dtype]
         load_dtype = torch.float32 if config.adapter == "full" else self.dtype  # full fine-tuning keeps float32 weights under autocast
         self.pipeline: Any = load_pipeline(config.path, self.pipelines, self.title, self.example, load_dtype)
         self.network: Any = getattr(self.pipeline, self.network_name).to(device)
         self.vae: Any = self.pipeline.vae.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
+        if config.guidance is not None and not self.takes_guidance:
+            raise UserError(f"model.guidance: this {self.title} takes no guidance scale as an input; leave it out (rollout.guidance_scale is another thing)")
         for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.reference_network: nn.Module | None = None
@@ -144,13 +151,22 @@ class DiffusionPolicy(ABC):
         """What height and width must be a multiple of, in pixels."""
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether the network has an input for the guidance scale, `model.guidance`."""
+        return False
+
+    @property
     def scheduler_shift(self) -> float:
         """The time shift of the pipeline's scheduler at this size."""
         return float(self.pipeline.scheduler.config.shift)
 
+    def shift_for(self, num_steps: int) -> float:
+        """The time shift for a sampler of so many steps, where the pipeline lets it depend on them."""
+        return self.scheduler_shift
+
     def sigmas(self, grid: str, num_steps: int, shift: float | None) -> tuple[float, ...]:
         """The noise levels of a sampler, falling to 0; shift None = the scheduler's own."""
-        return sigma_grid(grid, num_steps, self.scheduler_shift if shift is None else shift)
+        return sigma_grid(self.pipeline_grid if grid == "diffusers" else grid, num_steps, self.shift_for(num_steps) if shift is None else shift)
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """From latents of the network to those of the VAE, float32."""
@@ -236,7 +252,7 @@ class DiffusionPolicy(ABC):
             module = self.reference_network
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         with autocast:
-            out = self.predict(module, x, sigma, self.prompts.take(prompt_row))
+            out = self.predict(module, x.to(self.device), sigma, self.prompts.take(prompt_row))
         self.rows.forward += len(x)
         self.rows.backward += len(x) if grad else 0
         return out.float()
@@ -258,10 +274,21 @@ class DiffusionPolicy(ABC):
             return unconditional + guidance_scale * (conditional - unconditional)
 
         def call(x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
-            size = self.rows_per_forward
-            if torch.is_grad_enabled() or len(x) <= size:
+            if torch.is_grad_enabled():
                 return evaluate(x, sigma, prompt_row)
-            return torch.cat([evaluate(*chunk) for chunk in zip(x.split(size), sigma.split(size), prompt_row.split(size), strict=True)])
+            parts: list[Tensor] = []
+            start = 0
+            while start < len(x):
+                stop, before = start + self.rows_per_forward, replace(self.rows)
+                try:
+                    parts.append(evaluate(x[start:stop], sigma[start:stop], prompt_row[start:stop]))
+                except torch.OutOfMemoryError:
+                    self.rows.forward = before.forward  # what had been done of this part is done again
+                    fitting = min(self.rows_per_forward, len(x) - start)
+                    self.rows_per_forward = halved("training.rows_per_forward", fitting, self.device, help=_SMALLER_MODEL)
+                    continue
+                start = stop
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return call
 
@@ -297,9 +324,8 @@ class DiffusionPolicy(ABC):
 
         So a picture is rounded once, here: what a reward scores, locally or over a network, is what a PNG file of it holds.
         """
-        size = max(1, min(len(latents), self.rows_per_forward))
-        levels = [self._pixels(chunk.to(self.device)).mul(255).round().to(torch.uint8).cpu() for chunk in latents.split(size)]
-        return torch.cat(levels).float() / 255
+        levels = self._in_parts(latents, lambda part: self._pixels(part.to(self.device)).mul(255).round().to(torch.uint8).cpu())
+        return levels.float() / 255
 
     def decode_with_grad(self, latents: Tensor) -> Tensor:
         """`decode` with the gradient by the latents: [B, L...] -> images [B, 3, H, W] float32 in [0, 1] on the policy's device.
@@ -318,9 +344,22 @@ class DiffusionPolicy(ABC):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] float in [0, 1] -> clean latents [B, L...] float32, the mode of the VAE's posterior."""
-        size = max(1, min(len(images), self.rows_per_forward))
-        parts = [self.vae.encode(chunk.to(self.device).float() * 2 - 1).latent_dist.mode() for chunk in images.split(size)]
-        return self.from_vae(torch.cat(parts))
+        return self.from_vae(self._in_parts(images, lambda part: self.vae.encode(part.to(self.device).float() * 2 - 1).latent_dist.mode()))
+
+    def _in_parts(self, values: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """``work`` on as many values at a time as the VAE's memory holds."""
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(values):
+            stop = start + self.pictures_at_once
+            try:
+                parts.append(work(values[start:stop]))
+            except torch.OutOfMemoryError:
+                help = "set model.vae_tiling: true, or smaller pictures"
+                self.pictures_at_once = halved("pictures decoded at once", min(self.pictures_at_once, len(values) - start), self.device, help=help)
+                continue
+            start = stop
+        return torch.cat(parts)
 
     def export(self, folder: Path) -> None:
         """Write what plain diffusers loads: ``pytorch_lora_weights.safetensors`` (load_lora_weights) or the network's folder (from_pretrained).

@@ -16,6 +16,10 @@ __all__ = ["FAMILIES", "family_of", "make_policy"]
 
 FAMILIES: dict[str, str] = {
     "sd3": "flowrl.policies.sd3:Sd3Policy",
+    "flux": "flowrl.policies.flux:FluxPolicy",
+    "flux2": "flowrl.policies.flux2:Flux2Policy",
+    "sd": "flowrl.policies.unet:StableDiffusionPolicy",
+    "sdxl": "flowrl.policies.unet:StableDiffusionXlPolicy",
 }
 """Name in `model.family` -> ``module:class``. A new family is a file and a line here; docs/models.md shows how."""
 

@@ -20,6 +20,7 @@ __all__ = ["ASSETS", "DTYPE_KEYWORD", "load_pipeline", "pipeline_class", "resolv
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPE_KEYWORD = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"  # diffusers renamed it in 0.40
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines that flowrl never runs; they are neither needed nor loaded
 _UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError)  # what diffusers raises for folders that are no pipelines
 
 
@@ -76,11 +77,12 @@ def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, d
         kind = str(index.get("_class_name"))
         if kind not in classes:
             raise UserError(f"model.path: {path} is a {kind}, not a {title} pipeline")
-        parts = {name: entry[0] for name, entry in index.items() if isinstance(entry, (list, tuple))}
+        parts = {name: None if name in _UNUSED else entry[0] for name, entry in index.items() if isinstance(entry, (list, tuple))}
         for name in parts:
             if local and parts[name] is not None and not (local / name).is_dir():  # transformers would make an empty tokenizer without a word
                 raise UserError(f"model.path: {path} has no folder {name}, which its model_index.json names; copy the whole pipeline")
-        absent = {name: None for name, library in parts.items() if library is None}  # diffusers wants to be told
+        absent: dict[str, Any] = {name: None for name, library in parts.items() if library is None}  # diffusers wants to be told
+        absent |= {"requires_safety_checker": False} if "safety_checker" in absent else {}
         with _without_progress_bars() if local else nullcontext():
             return getattr(diffusers, kind).from_pretrained(where, **{DTYPE_KEYWORD: {"vae": torch.float32, "default": dtype}}, **absent)
     except _UNUSABLE as error:

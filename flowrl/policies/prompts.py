@@ -8,6 +8,7 @@ Letters: n prompts, R rows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -130,5 +131,6 @@ class PromptCache:
             save_file(entry, temporary)
             temporary.replace(file)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise UserError(f"model.prompt_folder: embeddings cannot be written to {self._folder} ({error}); free space, or choose another folder") from error

@@ -11,11 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from flowrl.meters import Meters
 
-__all__ = ["Update", "Weights"]
+__all__ = ["Update", "Weights", "take"]
+
+
+def take(values: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """values[index] on ``device``, wherever the two are: rollouts may wait in host memory."""
+    return values[index.to(values.device)].to(device)
 
 
 class Weights(NamedTuple):

@@ -30,7 +30,7 @@ from flowrl.likelihoods.matching import add_noise
 from flowrl.meters import Meters
 from flowrl.seeds import derive_seed, generator
 from flowrl.types import Prompt, Rollout, SampleBatch, UserError
-from flowrl.updates.base import Weights
+from flowrl.updates.base import Weights, take
 from rewards.composite import WeightedRewards
 from samplers.direct import clean_estimate, denoise, direct_align
 
@@ -115,8 +115,8 @@ class DirectUpdate:
 
     def _clean(self, units: Tensor) -> Tensor:
         """[n, L...] clean latents with gradient."""
-        velocity, place = self.policy.velocity(self.config.rollout.guidance_scale), units.to(self.x.device)
-        x, sigma, prompt_row = self.x[place], self.sigma[units], self.prompt_row[units]
+        velocity, device = self.policy.velocity(self.config.rollout.guidance_scale), self.policy.device
+        x, sigma, prompt_row = take(self.x, units, device), self.sigma[units], self.prompt_row[units]
         if self.config.objective.name == "refl" or (self.config.objective.name == "draft" and self.noise is not None):
             return clean_estimate(velocity, x, sigma, prompt_row)
         if self.config.objective.name == "draft":
@@ -124,7 +124,7 @@ class DirectUpdate:
         assert self.noise is not None
         jump = torch.full_like(sigma, self.config.direct.sigma_jump)
         jump = torch.where(self.upside_down[units], jump, -jump)
-        return direct_align(velocity, x, self.noise[place], sigma, (sigma + jump).clamp_min(0), prompt_row)
+        return direct_align(velocity, x, take(self.noise, units, device), sigma, (sigma + jump).clamp_min(0), prompt_row)
 
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         d, device = self.config.direct, self.policy.device

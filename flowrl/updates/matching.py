@@ -18,7 +18,7 @@ from flowrl.likelihoods.matching import MatchingLikelihood, NoisedBatch, implici
 from flowrl.meters import Meters
 from flowrl.policies.ema import OldPolicy
 from flowrl.types import Decisions, Objective
-from flowrl.updates.base import Weights
+from flowrl.updates.base import Weights, take
 from flowrl.updates.noised import NoisedSamples
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class MatchingUpdate:
 
     def _of_old(self, rows: Tensor) -> Tensor:
         assert self.old is not None
-        return self.old[rows.to(self.old.device)]
+        return take(self.old, rows, self.policy.device)
 
     def _remember(self, units: Tensor, log_prob: Tensor) -> None:
         self.old_log_prob[units.to(self.old_log_prob.device)] = log_prob.float()
@@ -119,7 +119,7 @@ class MatchingUpdate:
         if self.reference is not None:
             form = config.kl.form
             assert form in ("v_mse", "v_elbo")  # the config's check
-            kl = self._of_units(velocity_penalty(form, velocity, self.reference[rows.to(device)], batch.sigma))
+            kl = self._of_units(velocity_penalty(form, velocity, take(self.reference, rows, device), batch.sigma))
             loss = loss + config.kl.weight * kl
         if config.anchor.weight > 0:
             anchor = self._of_units(velocity_penalty("v_mse", velocity, self._of_old(rows), batch.sigma))

@@ -17,6 +17,7 @@ from flowrl.config import Config
 from flowrl.likelihoods.matching import NoisedBatch, add_noise, draw_times
 from flowrl.seeds import generator
 from flowrl.types import Rollout, Velocity
+from flowrl.updates.base import take
 
 if TYPE_CHECKING:
     from flowrl.policies.base import DiffusionPolicy
@@ -94,8 +95,9 @@ class NoisedSamples:
         """Some rows [n]; row s of sample i has the number i S + s."""
         sample, time = rows // self.num_times, rows % self.num_times
         slot = self.slots[sample]
-        noise = self.noise[slot.to(self.noise.device), time.to(self.noise.device)]
-        x0 = self.x0[sample.to(self.x0.device)]
+        device = self.policy.device
+        noise = self.noise[slot.to(self.noise.device), time.to(self.noise.device)].to(device)
+        x0 = take(self.x0, sample, device)
         sigma = self.sigma[slot, time]
         return NoisedBatch(add_noise(x0, noise, sigma), sigma, self.prompt_row[sample], noise - x0)
 

@@ -17,7 +17,7 @@ from flowrl.likelihoods.matching import MatchingLikelihood
 from flowrl.meters import Meters
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.types import Pairs
-from flowrl.updates.base import Weights
+from flowrl.updates.base import Weights, take
 from flowrl.updates.noised import NoisedSamples
 
 __all__ = ["PairUpdate", "needs_reference"]
@@ -86,7 +86,7 @@ class PairUpdate:
             return table[:, :1], table[:, 1:]
 
         chosen, rejected = sides(out.log_prob)
-        reference = None if self.reference_log_prob is None else sides(self.reference_log_prob[flat.to(device)])
+        reference = None if self.reference_log_prob is None else sides(take(self.reference_log_prob, flat, device))
         pairs = Pairs(
             chosen=chosen,
             rejected=rejected,
@@ -100,7 +100,7 @@ class PairUpdate:
         if self.reference is not None:
             form = config.kl.form
             assert form in ("v_mse", "v_elbo")  # the config's check
-            kl = velocity_penalty(form, out.velocity, self.reference[flat.to(device)], batch.sigma).view(len(units), -1).mean(1)
+            kl = velocity_penalty(form, out.velocity, take(self.reference, flat, device), batch.sigma).view(len(units), -1).mean(1)
             loss = loss + config.kl.weight * kl
         if not idle:
             extra = {f"pair/{name}": objective.metrics[name].flatten() for name in _MEASURED}

@@ -17,7 +17,7 @@ from flowrl.likelihoods.transition import StepBatch, TransitionLikelihood, Trans
 from flowrl.meters import Meters
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.types import Decisions
-from flowrl.updates.base import Weights
+from flowrl.updates.base import Weights, take
 from samplers.plans import Plan
 
 __all__ = ["TransitionUpdate"]
@@ -60,7 +60,7 @@ class TransitionUpdate:
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         config, device, assignment, meters = self.config, self.policy.device, self.assignment, self.meters
         rollout = assignment.rollout
-        batch = select_rows(rollout, units, self.prompt_rows)
+        batch = select_rows(rollout, units, self.prompt_rows, device)
         out = self.likelihood(self.policy.velocity(config.rollout.guidance_scale), batch)
         objective = OBJECTIVES[config.objective.name](
             self._decisions(batch, out, units),
@@ -73,17 +73,17 @@ class TransitionUpdate:
             loss = loss * step_weights(config.objective.step_weight, length=length, grad_scale=grad_scale).to(loss)
         kl = None
         if self.reference is not None:
-            kl = self._kl(batch, out, self.reference[units.to(device)])
+            kl = self._kl(batch, out, take(self.reference, units, device))
             loss = loss + config.kl.weight * kl
         total = (loss * weights.decision[batch.edge].to(device)).sum() * weights.scale
         if assignment.tuning is not None:
-            tuned = velocity_regression(out.velocity, assignment.tuning.target[units.to(device)], assignment.tuning.weight[units].to(device))
+            tuned = velocity_regression(out.velocity, take(assignment.tuning.target, units, device), assignment.tuning.weight[units].to(device))
             tuning_loss = config.layer_tuning.weight * tuned.sum() * weights.unit_scale
             if not idle:
                 meters.add_tuning(tuned.detach(), total, tuning_loss, out.velocity)
             total = total + tuning_loss
         if not idle:
-            plain = None if config.objective.ratio == "plain" else out.log_prob.detach() - rollout.edge_old_log_prob[batch.edge.to(device)]
+            plain = None if config.objective.ratio == "plain" else out.log_prob.detach() - take(rollout.edge_old_log_prob, batch.edge, device)
             on_policy = first and not (config.old_policy is not None and config.old_policy.rollout)
             meters.add(objective.metrics, loss.detach(), rollout.edge_step[batch.edge], first=on_policy, plain=plain, kl=kl)
         return total
@@ -104,10 +104,10 @@ class TransitionUpdate:
     def _decisions(self, batch: StepBatch, out: TransitionOutput, units: Tensor) -> Decisions:
         """The edges of a micro-batch as the objective sees them, [E, 1]; with `ratio_norm` the log-probability is the normalised log-ratio itself."""
         rollout, device = self.assignment.rollout, self.policy.device
-        log_prob, old_log_prob = out.log_prob, rollout.edge_old_log_prob[batch.edge.to(device)]
+        log_prob, old_log_prob = out.log_prob, take(rollout.edge_old_log_prob, batch.edge, device)
         if self.config.objective.ratio == "ratio_norm":
             assert rollout.row_velocity is not None
-            _, old = self.likelihood.transition(batch, rollout.row_velocity[units.to(device)])
+            _, old = self.likelihood.transition(batch, take(rollout.row_velocity, units, device))
             reduction = self.config.rollout.log_prob_reduction
             log_prob = ratio_norm(batch.x_next, out.transition.mean, old.mean, out.transition.std, reduction).float()
             old_log_prob = torch.zeros_like(log_prob)

@@ -1,0 +1,34 @@
+"""When a device's memory runs out: do the same in smaller parts, say so once, and remember."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import torch
+
+from flowrl.types import UserError
+
+__all__ = ["halved"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def halved(setting: str, size: int, device: torch.device, *, help: str) -> int:
+    """Half of a size that did not fit, rounded up, after giving back what torch holds in reserve.
+
+    Args:
+        setting: the config key, for the message.
+        size: what did not fit, >= 1.
+        help: what else would make it fit.
+    Raises:
+        UserError: the size is 1 already; the message says ``help``.
+    """
+    with contextlib.suppress(RuntimeError):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if size <= 1:
+        raise UserError(f"{setting}: the memory of {device} does not hold even 1; {help}")
+    smaller = (size + 1) // 2
+    _LOGGER.warning("%s: %d do not fit into the memory of %s; from now on %d", setting, size, device, smaller)
+    return smaller
