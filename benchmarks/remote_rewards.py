@@ -311,12 +311,11 @@ def main(
     """Measure, print and write the tables."""
     torch.set_num_threads(1)
     about = versions(torch.device("cpu"))
+    before = os.getloadavg()[0]  # what else ran: a core that is not free cannot overlap anything
     packages = ", ".join(f"{name} {about[name]}" for name in ("python", "torch"))
     lines = ["# Remote rewards", "", *(__doc__ or "").split("\n\n", 2)[2].strip().splitlines(), ""]
-    lines += [
-        f"{about['cpu']}, {os.cpu_count()} cores, one thread of torch in each process; {packages}, httpx {httpx.__version__}; commit {about['commit']}.",
-        "",
-    ]
+    machine = f"{about['cpu']}, {os.cpu_count()} cores, load average {before:.1f} at the start, one thread of torch in each process"
+    lines += [f"{machine}; {packages}, httpx {httpx.__version__}; commit {about['commit']}.", ""]
 
     here = f"{Path(__file__)}:IdReward"
     rows = []

@@ -142,9 +142,9 @@ def serve_reward(
     token_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the bearer token that clients must send.")] = None,
     open_to_all: Annotated[bool, typer.Option("--open-to-all", help="Listen beyond this machine without a token.")] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Samples that are scored together, from several requests.")] = 64,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a request waits for others to share its batch.")] = 5.0,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a request waits for others to share its batch.")] = 2.0,
     max_body_mib: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 64.0,
-    max_queue: Annotated[int, typer.Option(min=1, help="Samples that wait at most; more are refused for the moment.")] = 1024,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests inside at a time; further ones are told to come back.")] = 64,
 ) -> None:
     """Serve a reward over HTTP to runs elsewhere, which name it `remote`. Needs flowrl-diffusion[server]."""
     ((_, args),) = _with_args([name], arg)

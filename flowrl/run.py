@@ -17,6 +17,7 @@ from flowrl.agreement import settings_without_effect
 from flowrl.checkpoint import load_checkpoint, model_identity, save_checkpoint
 from flowrl.checks import ratio_is_off
 from flowrl.config import Config, dump_config
+from flowrl.processes import explain_lost_process
 from flowrl.progress import TrainingProgress
 from flowrl.report import write_report
 from flowrl.rollout_log import save_rollout
@@ -107,14 +108,19 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 logger.truncate_to(-1 if fresh else start)
                 if main:
                     _remove_leftovers(run_dir, -1 if fresh else start)
-            _loop(trainer, logger, progress, identity, start, stop, fresh=fresh)
+            advice = f"the last checkpoint is whole: go on with flowrl train --resume {run_dir}, with as many processes as there are"
+            with explain_lost_process(trainer.accelerator, config.training.timeout_minutes, advice):
+                _loop(trainer, logger, progress, identity, start, stop, fresh=fresh)
         except UserError:
             if main and resume is None and not (run_dir / "metrics.jsonl").exists():
                 logger.close(failed=True)
                 _remove_start(run_dir)
             raise
-        if main:
-            with trainer.ema.applied() if trainer.ema is not None else contextlib.nullcontext(), explain_full_disk(run_dir):
+        finally:
+            trainer.close()
+        averaged = trainer.ema.applied() if trainer.ema is not None else contextlib.nullcontext()
+        with averaged, trainer.policy.gathered(keep=main), explain_full_disk(run_dir):
+            if main:
                 trainer.policy.export(run_dir / "export")
     if main:
         write_report(run_dir)
@@ -164,7 +170,7 @@ def _loop(trainer: Trainer, logger: RunLogger, progress: TrainingProgress, ident
 
     def save(iteration: int) -> None:
         state = trainer.state()
-        if main:
+        if main or trainer.sharded:
             save_checkpoint(logger.run_dir, iteration, state, identity=identity, keep=config.training.keep_checkpoints)
         trainer.accelerator.wait_for_everyone()
 

@@ -147,7 +147,7 @@ class CodeTests:
         self._pool.close()
 
     def score(self, batch: SampleBatch) -> Scores:
-        """values [B] float32 in [0, 1]; raw["code_tests_passed"] [B] float32, the share, also with all_or_nothing; raw["code_tests_code_found"] [B] float32, 0 or 1.
+        """values [B] float32 in [0, 1]; raw [B] float32: "code_tests_passed", the share, also with all_or_nothing; "code_tests_code_found", 0 or 1.
 
         Raises:
             UserError: no texts, or a prompt without usable metadata `tests`.

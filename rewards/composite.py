@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,7 +127,10 @@ class WeightedRewards:
                     raise UserError(f"reward {name} needs `{key}` in the metadata of every prompt; {count} {_quote(lacking[0])}")
             check = getattr(reward, "check_prompts", None)
             if check is not None:
-                check(prompts)
+                try:
+                    check(prompts)
+                except UserError as error:
+                    raise UserError(f"reward {name}: {_reason(name, error)}") from error
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Load every reward; called once before the first ``score``.
@@ -439,7 +443,8 @@ def _first(mask: Tensor) -> int:
 
 
 def _reason(name: str, error: Exception) -> str:
-    return str(error).removeprefix(f"reward {name}: ") if isinstance(error, UserError) else describe_error(error)
+    """What an error says, without the name that a reward gives itself: in the config it may have another."""
+    return re.sub(r"^reward [^:\s]+: ", "", str(error)) if isinstance(error, UserError) else describe_error(error)
 
 
 def _quote(prompt: Prompt) -> str:

@@ -49,6 +49,9 @@ _PROMPTS_PER_CHECK = 1000
 _BODY_FOR_PIXELS = 0.9  # the rest is for prompts and metadata
 
 
+_NO_URL = "reward remote: needs either `url`, such as http://127.0.0.1:8000, or a list of them as `urls`"
+
+
 class _Identity(NamedTuple):
     """Which reward answers."""
 
@@ -69,7 +72,7 @@ class RemoteReward:
     """A reward behind one or several endpoints, which all serve the same.
 
     Args:
-        url: of the endpoint, ``http://host:port``. urls: of several, in place of ``url``; a request goes to the one with the fewest outstanding.
+        url: of the endpoint, ``http://host:port``; only a listing needs none. urls: of several, in place of ``url``; a request goes to the one with the fewest outstanding.
         token_env: the environment variable that holds the bearer token; None = no token is sent.
         timeout: seconds that one try may take, scoring included. deadline: seconds for all tries of a request. tries: of a request.
         concurrency: requests to one endpoint at a time.
@@ -93,8 +96,8 @@ class RemoteReward:
         cache: str | None = None,
         expect: str | None = None,
     ) -> None:
-        if (url is None) == (urls is None) or isinstance(urls, str):
-            raise UserError("reward remote: needs either `url`, such as http://127.0.0.1:8100, or a list of them as `urls`")
+        if (url is not None and urls is not None) or isinstance(urls, str):
+            raise UserError(_NO_URL)
         for name, number in (("samples_per_request", samples_per_request), ("concurrency", concurrency)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise UserError(f"reward remote: {name} must be a whole number of at least 1, not {number!r}")
@@ -127,13 +130,14 @@ class RemoteReward:
         del device, dtype
         if self._endpoints is not None:
             return
+        if not self._urls:
+            raise UserError(_NO_URL)
         found = [self._ask_info(url) for url in self._urls]
-        for url, (identity, _) in zip(self._urls, found, strict=True):
-            if identity != found[0][0]:
-                raise UserError(
-                    f"reward remote: {self._urls[0]} serves {_shown(found[0][0])}, but {url} serves {_shown(identity)}; serve one reward everywhere"
-                )
-        identity, info = found[0] if found else (self._identity, self.info)
+        for url, other in zip(self._urls, found, strict=True):
+            if other.identity != found[0].identity:
+                shown = f"{self._urls[0]} serves {_shown(found[0].identity)}, but {url} serves {_shown(other.identity)}"
+                raise UserError(f"reward remote: {shown}; serve one reward everywhere")
+        identity, info, _ = found[0]
         if self._expect is not None and self._expect not in (identity.name, f"{identity.name}@{identity.version}"):
             raise UserError(f"reward remote: {self._urls[0]} serves {identity.name}@{identity.version}, but `expect` is {self._expect}")
         self._cache = None if self._folder is None else DiskCache(Path(self._folder))

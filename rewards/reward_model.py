@@ -89,7 +89,9 @@ class RewardModel(NetworkReward):
         raise UserError("reward reward_model: needs texts (completions), got only pictures; choose another reward")
 
     def score(self, batch: SampleBatch) -> Scores:
-        """values [B] float32; raw["reward_model_tokens"] [B] float32, of the chat as it was read. Invalid where the completion alone is longer than ``max_length``.
+        """values [B] float32; raw["reward_model_tokens"] [B] float32, of the chat as it was read.
+
+        Invalid where the completion alone is longer than ``max_length``.
 
         Raises:
             UserError: no texts.

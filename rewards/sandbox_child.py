@@ -235,6 +235,7 @@ def _run(spec: dict[str, Any], report: Callable[[str], None], libraries: tuple[s
     tests = [(compile(ast.fix_missing_locations(_Honest().visit(ast.parse(source))), "<test>", "exec"), counted) for source, counted in spec["tests"]]
     source = spec["code"]
     module = types.ModuleType("candidate")
+    module.__dict__["__builtins__"] = sys.modules["builtins"]  # else exec would hand it ours
     sys.modules["candidate"] = sys.modules["__main__"] = module
     if spec["audit"]:
         sys.addaudithook(_make_hook(str(Path.cwd()), libraries))

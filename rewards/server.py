@@ -113,7 +113,7 @@ def serve(
     reward: Reward,
     *,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: int = 8100,
     token_env: str | None = None,
     open_to_all: bool = False,
     announce: Callable[[str], object] = lambda url: None,

@@ -65,7 +65,8 @@ JSON_TYPE = "application/json"
 _MAGIC = b"flowrl"
 _PREFIX = struct.Struct("<6sHI")
 _ALIGN = 64  # bytes
-_CHUNK = 2**17  # pixels' values that are checked at a time, so that they stay in the processor's cache
+_LEVELS = np.float32(255)
+_CHUNK = 2**16  # pixels' values that are checked at a time, so that they stay in the processor's cache
 _MAX_ID = 128  # characters
 _MAX_DEPTH = 16  # of lists and objects inside each other in a header
 _KEYS = frozenset({"api", "request_id", "prompts", "texts", "group", "images"})
@@ -258,12 +259,18 @@ def pack_pictures(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
         raise UserError(f"reward remote: needs pictures [B, 3, H, W] float in [0, 1], got {list(images.shape)} {images.dtype}; choose another reward")
     plain = images.detach().to("cpu", torch.float32).contiguous()
-    levels = torch.empty(plain.shape, dtype=torch.uint8)
-    for values, level in zip(plain.view(-1).split(_CHUNK), levels.view(-1).split(_CHUNK), strict=True):
-        level.copy_((values * 255).round_())  # what is not in 0 to 255 becomes something, which the next line finds to be different
-        if not torch.equal(level.float().div_(255).view(torch.int32), values.view(torch.int32)):
-            return plain
-    return levels
+    levels = np.empty(plain.shape, np.uint8)
+    given, found, scratch = plain.numpy().reshape(-1), levels.reshape(-1), np.empty(_CHUNK, np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not in 0 to 255 becomes some level, which the comparison finds to be another
+        for start in range(0, given.size, _CHUNK):
+            values, level = given[start : start + _CHUNK], found[start : start + _CHUNK]
+            scaled = scratch[: values.size]
+            np.rint(np.multiply(values, _LEVELS, out=scaled), out=scaled)
+            np.copyto(level, scaled, casting="unsafe")
+            np.divide(level, _LEVELS, out=scaled)
+            if not np.array_equal(scaled.view(np.int32), values.view(np.int32)):
+                return plain
+    return torch.from_numpy(levels)
 
 
 def _raw_bytes(images: Tensor) -> memoryview:
@@ -323,7 +330,7 @@ def _raw_pictures(about: object, body: bytearray, start: int) -> Tensor | None:
         raise WireError(f"images of {shape} {name} have {wanted} bytes, but {found} follow the header")
     array = np.frombuffer(body, np.dtype(name).newbyteorder("<"), offset=start)
     if dtype is torch.uint8:
-        return torch.from_numpy(array).view(shape).to(torch.float32).div_(255)
+        return torch.from_numpy(np.divide(array, _LEVELS)).view(shape)
     array = array if sys.byteorder == "little" and array.flags.aligned else array.astype(np.float32)  # a header that was not filled up
     return torch.from_numpy(array).view(shape)
 

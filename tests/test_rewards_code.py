@@ -142,6 +142,10 @@ def f():
             for _ in range(4): os.write(fd, b'x' * (1 << 20))
         except OSError: pass
 """
+SCOPE = """
+b = __builtins__ if isinstance(__builtins__, dict) else vars(__builtins__)
+b["all"] = lambda _: True
+"""
 CRASH = """
 import sys
 sys.setrecursionlimit(10**8)
@@ -161,6 +165,7 @@ CHEATS = {
     "patched builtins": ("import builtins as b\nb.AssertionError = None\nb.all = b.any = lambda _: True\nb.isinstance = lambda *_: True\n", [
         "assert all([0])", "assert any([])", "assert isinstance(1, str)",
     ]),
+    "patched through its own scope": (SCOPE, ["assert all([0])", "assert [1] == [2]"]),
     "patched through a builtin": ("len.__self__.sorted = lambda _: [1]\nlen.__self__.print = None", ["assert sorted([2]) == [1]"]),
     "results printed by guess": (GUESS, ["assert 0"]),
     "the frames above": ("import sys\ndef f():\n    frame = sys._getframe()\n    while frame: frame = frame.f_back\n    return 1", ["assert f() == 1"]),
@@ -273,6 +278,8 @@ def test_the_namespaces_alone_hide_files_network_processes_and_rights() -> None:
         "try:\n    os.chroot('.')\nexcept OSError:\n    pass\nelse:\n    assert 0",
         "try:\n    os.kill(1, 9)\nexcept OSError:\n    pass\nassert 1",
         "assert resource.getrlimit(resource.RLIMIT_NPROC)[1] == 16 and resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)",
+        "assert resource.getrlimit(resource.RLIMIT_AS)[1] == 512 << 20 and resource.getrlimit(resource.RLIMIT_CPU)[1] == 11",
+        "assert os.statvfs(os.path.dirname(os.__file__)).f_flag & os.ST_RDONLY",
     ]
     reply = run("import os, socket, resource", *tests, audit=False, inspect=True)
     assert reply["problem"] is None

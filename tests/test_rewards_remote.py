@@ -456,7 +456,6 @@ def test_a_server_killed_and_started_again_in_the_middle_loses_and_changes_nothi
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "needs either `url`"),
         ({"url": "http://a", "urls": ["http://b"]}, "needs either `url`"),
         ({"urls": "http://a"}, "needs either `url`"),
         ({"url": "http://a", "samples_per_request": 0}, "samples_per_request must be a whole number of at least 1"),
@@ -508,3 +507,11 @@ def test_metadata_that_cannot_be_sent_is_named() -> None:
         with pytest.raises(UserError, match="the prompt 'a' or its metadata cannot be sent"):
             remote.score(SampleBatch([Prompt("a", {"x": object()})], pictures(1)))
         remote.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"urls": []}])
+def test_without_an_address_it_can_be_listed_but_not_loaded(options: dict[str, Any]) -> None:
+    reward = RemoteReward(**options)
+    assert reward.info.runs_on == "network"
+    with pytest.raises(UserError, match="^reward remote: needs either `url`, such as http://127.0.0.1:8000"):
+        reward.load(torch.device("cpu"), torch.float32)

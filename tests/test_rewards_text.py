@@ -48,6 +48,7 @@ def tokenizer_folder(tmp_path: Path) -> str:
         (r"so \boxed{1} and then \boxed{\frac{1}{2}} #### 7 or 8", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}} done", r"\{1, 2\}"),
         (r"\boxed{4}, no: \boxed{5", "4"),
+        (r"\boxed{\left\{ 1 \right.} }", r"\left\{ 1 \right."),
         (r"\fbox{x} \boxed {a{b}c}", "a{b}c"),
         ("step 1\n#### 1,234\nthanks 5", "1,234"),
         ("#### 1\n#### 2", "2"),
