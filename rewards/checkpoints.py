@@ -6,9 +6,11 @@ with ``weights_only=True``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,7 +55,8 @@ def locate_file(reward: str, source: str, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(source, filename))
+        with _quiet_hub():
+            return Path(hf_hub_download(source, filename))
     except Exception as error:
         raise UserError(_unreachable(reward, f"{filename} of {source}", error)) from error
 
@@ -68,7 +71,8 @@ def load_pretrained(reward: str, load: Callable[..., Any], source: str, **option
     if source.startswith((".", "/", "~")) and not place.exists():
         raise UserError(f"reward {reward}: there is no file or folder {place}")
     try:
-        return load(str(place) if place.exists() else source, **options)
+        with _quiet_hub():
+            return load(str(place) if place.exists() else source, **options)
     except Exception as error:
         if place.exists():
             raise UserError(f"reward {reward}: {place} could not be loaded ({_one_line(error)})") from error
@@ -135,6 +139,18 @@ def packaged_file(reward: str, distribution: str, path: str, extra: str) -> Path
         version = importlib.metadata.version(distribution)
         raise UserError(f"reward {reward}: {distribution} {version} holds no file {path}; install the version that the reward's page names")
     return found
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub client's lines about each of its many tries: the error says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _unreachable(reward: str, what: str, error: Exception) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flowrl.types import Prompt, Reward, SampleBatch, Scores, UserError
+from rewards.groups import groups_of
 from rewards.registry import describe_error
 
 __all__ = ["ConstantRewardMonitor", "Entry", "Pending", "WeightedRewards", "join_scores"]
@@ -35,7 +36,7 @@ class Entry(NamedTuple):
         name: in metrics and messages. weight: finite; 0 means "only watch it".
         device, dtype, batch_size: None = the device of the run, and what the reward says of itself.
         offload: its networks wait on the CPU while no batch is scored, see `WeightedRewards.rest`.
-        required: a sample that it cannot score is left out; else the total of that sample is that of the other rewards.
+        required: a sample that it cannot score is left out; else the total of that sample has the mean of its group in place of the score.
     """
 
     name: str
@@ -66,7 +67,8 @@ class WeightedRewards:
     """A weighted sum of rewards.
 
     total = sum_k weight_k value_k, added up in float64 and given as float32. A sample is valid in the total when it is valid in every required
-    reward, those of weight 0 included, and in one that has a weight; a reward that is not required adds nothing to a sample that it cannot score.
+    reward, those of weight 0 included, and in one that has a weight. Where a reward that is not required has no score, the mean of the sample's group stands
+    in for it, which neither lifts nor sinks the sample; in a group without any score it adds nothing.
 
     Args:
         rewards: entries, or tuples (name, weight, reward). The names are distinct and not "total".
@@ -151,7 +153,7 @@ class WeightedRewards:
                 continue
             try:
                 entry.reward.load(where, kind)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UserError(f"reward {name} could not be loaded: {_reason(name, error)}") from error
             self._devices[name] = where
         self.rest()
@@ -250,10 +252,6 @@ class WeightedRewards:
                 _LOGGER.warning("reward %s: out of memory, from now on with batch_size %d", name, size)
                 continue
             start += size
-        for part in parts:
-            if part.raw.keys() != parts[0].raw.keys():
-                before, now = sorted(parts[0].raw), sorted(part.raw)
-                raise UserError(f"reward {name} returned the raw columns {before} for one batch and {now} for the next; keep them the same")
         return join_scores(parts)
 
     def require_differentiable(self) -> None:
@@ -315,7 +313,8 @@ class WeightedRewards:
             if required[name]:
                 valid &= score.valid
             if self._weights[name]:
-                values = values + torch.where(score.valid, self._weights[name] * score.values.double().cpu(), 0.0)
+                known = score.values.double().cpu()
+                values = values + self._weights[name] * torch.where(score.valid, known, _group_means(known.detach(), score.valid, batch))
                 counted |= score.valid
         if not all(required.values()):
             valid &= counted
@@ -331,13 +330,24 @@ class WeightedRewards:
         return Scores(out, valid, problems=problems)
 
 
+def _group_means(values: Tensor, valid: Tensor, batch: SampleBatch) -> Tensor:
+    """Of each sample the mean [B] of the valid values of its group, 0 where there is none."""
+    means = torch.zeros_like(values)
+    if not bool(valid.all()):
+        for group in groups_of(batch):
+            if bool(valid[group].any()):
+                means[group] = values[group[valid[group]]].mean()
+    return means
+
+
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches, with the same raw columns, as one."""
+    """Scores of several batches as one. A raw column that a batch lacks is NaN there."""
     starts = [sum(len(part.values) for part in parts[:number]) for number in range(len(parts))]
+    columns = list(dict.fromkeys(key for part in parts for key in part.raw))
     return Scores(
         torch.cat([part.values for part in parts]),
         torch.cat([part.valid for part in parts]),
-        {key: torch.cat([part.raw[key] for part in parts]) for key in parts[0].raw},
+        {key: torch.cat([part.raw.get(key, torch.full((len(part.values),), torch.nan)) for part in parts]) for key in columns},
         {start + index: reason for start, part in zip(starts, parts, strict=True) for index, reason in part.problems.items()},
     )
 
@@ -390,7 +400,7 @@ def _score_once(name: str, reward: Reward, batch: SampleBatch) -> Scores:
         scores = reward.score(batch)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = "on the prompt"
         if len(batch) > 1:
             for index in range(len(batch) if reward.info.scope == "sample" else 0):
@@ -442,7 +452,7 @@ def _first(mask: Tensor) -> int:
     return int(mask.nonzero()[0])
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(name: str, error: BaseException) -> str:
     """What an error says, without the name that a reward gives itself: in the config it may have another."""
     return re.sub(r"^reward [^:\s]+: ", "", str(error)) if isinstance(error, UserError) else describe_error(error)
 

@@ -3,8 +3,8 @@
 lcb = mean_k s_k - penalty std_k s_k,  s_k = (value_k - shift_k) scale_k,  std with K in the denominator
 
 A policy that exploits an error of one reward rarely exploits the same error of another, so a score on which the members disagree is believed less.
-Source: reward ensembles with worst-case and uncertainty-weighted objectives against over-optimisation, arXiv:2310.02743 (formulas as described there; the text of the
-paper was not checked). Members have different units, so each is shifted and scaled first: give typical means and inverse spreads. That is our choice.
+Source: reward ensembles with worst-case and uncertainty-weighted objectives against over-optimisation, arXiv:2310.02743 (formulas as described there; the text
+of the paper was not checked). Members have different units, so each is shifted and scaled first: give typical means and inverse spreads. That is our choice.
 """
 
 from __future__ import annotations

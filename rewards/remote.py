@@ -72,7 +72,8 @@ class RemoteReward:
     """A reward behind one or several endpoints, which all serve the same.
 
     Args:
-        url: of the endpoint, ``http://host:port``; only a listing needs none. urls: of several, in place of ``url``; a request goes to the one with the fewest outstanding.
+        url: of the endpoint, ``http://host:port``; only a listing needs none.
+        urls: of several, in place of ``url``; a request goes to the one with the fewest outstanding.
         token_env: the environment variable that holds the bearer token; None = no token is sent.
         timeout: seconds that one try may take, scoring included. deadline: seconds for all tries of a request. tries: of a request.
         concurrency: requests to one endpoint at a time.

@@ -24,7 +24,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,13 @@ from rewards.checkpoints import require
 from rewards.wire import API, BATCH_TYPE, JSON_TYPE, WireError, decode_prompts, decode_request, plain_info, plain_scores
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import Receive
+    from fastapi import FastAPI, Request
+    from fastapi.responses import Response
 
 __all__ = ["make_app", "serve"]
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+"""What ASGI gives an application to read the next part of a request with."""
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
@@ -355,7 +356,7 @@ class _Metrics:
         self._samples.labels("false").inc(len(scores.valid) - valid)
 
     def page(self, *, inside: int, waiting: int) -> Response:
-        from starlette.responses import Response
+        from fastapi.responses import Response
 
         self._inside.set(inside)
         self._waiting.set(waiting)
@@ -363,7 +364,7 @@ class _Metrics:
 
 
 def _json(status: int, content: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    from starlette.responses import Response
+    from fastapi.responses import Response
 
     return Response(json.dumps(content, allow_nan=False, ensure_ascii=False).encode(), status, headers, JSON_TYPE)
 

@@ -370,7 +370,7 @@ def test_serve_reward_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> 
         "max_batch": 64,
         "max_wait_ms": 2.5,
         "max_body_mib": 64.0,
-        "max_queue": 1024,
+        "max_queue": 64,
         "open_to_all": False,
     }
 
