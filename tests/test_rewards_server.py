@@ -121,7 +121,7 @@ def test_metrics_count_requests_samples_calls_and_errors() -> None:
         (body_of([901]), {}, 422, "not_scored", "reward watched failed on the prompt '901': 901 is no good number"),
         (body_of([902]), {}, 500, "reward_failed", "RuntimeError: broken plug-in"),
         (body_of([904]), {}, 500, "reward_failed", "returned nan for the prompt '904'"),
-        (body_of([903]), {}, 500, "reward_failed", "reward watched raised SystemExit"),
+        (body_of([903]), {}, 500, "reward_failed", "reward watched failed on the prompt '903': SystemExit: 3"),
     ],
 )
 def test_every_bad_request_is_an_error_with_a_name_and_the_server_goes_on(
