@@ -218,9 +218,12 @@ def _several_rewards(config: Config) -> Iterator[str]:
     weights, weighted = config.reward_weights, [reward for reward in config.rewards if reward.weight != 0]
     if weighted and all(not reward.required for reward in weighted):
         yield "rewards: none that has a weight is required, so a sample might have no reward at all; make one of them required"
+    name = config.objective.name
+    if name in DIRECT_NAMES:
+        for reward in (reward for reward in config.rewards if reward.minimum is not None):
+            yield f"rewards: {reward.key} has a minimum, and objective {name} follows gradients of rewards, which know no constraint; leave it out"
     if weights.kind == "fixed":
         return
-    name = config.objective.name
     where = f"reward_weights.kind: {weights.kind}"
     if name in PAIR_NAMES or name in DIRECT_NAMES:
         yield f"{where} changes advantages, which objective {name} does not use; use fixed"
@@ -277,6 +280,8 @@ def settings_without_effect(config: Config) -> Iterator[str]:
     yield from _changed("reward_weights", config.reward_weights, except_for=("kind", *used), why=f"kind {kind}")
     if advantage.aggregate == "rewards":
         yield from _changed("advantage", advantage, only=["std_floor"], why="aggregate rewards")
+    if config.data.pairs is not None:
+        yield from (f"rewards: the minimum of {reward.key} has no effect with stored pairs" for reward in config.rewards if reward.minimum is not None)
     if config.layer_tuning.weight == 0:
         yield from _changed("layer_tuning", config.layer_tuning, why="weight 0")
 

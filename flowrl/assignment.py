@@ -183,8 +183,10 @@ class Assigner:
         return out
 
     def _satisfied(self, scores: dict[str, Scores]) -> Tensor | None:
-        """[B] bool: samples that keep every hard constraint; None where there is no constraint. One that cannot be scored does not break it."""
-        limits = {reward.key: reward.minimum for reward in self.config.rewards if reward.minimum is not None}
+        """[B] bool: samples that keep every hard constraint; None where there is no constraint, or only a total, as of stored pairs and of one reward's
+        gradient. One that cannot be scored does not break it.
+        """
+        limits = {reward.key: reward.minimum for reward in self.config.rewards if reward.minimum is not None and reward.key in scores}
         if not limits:
             return None
         return torch.stack([~(scores[name].values < limit) for name, limit in limits.items()]).all(0)
@@ -207,7 +209,7 @@ class Assigner:
             mean, std = self.history.statistics(here)
             return torch.where(total.valid, (total.values.double() - mean) / (std + a.eps), 0.0)
         num_sets = int(sets.max()) + 1
-        if a.aggregate == "rewards":
+        if a.aggregate == "rewards" or scores.keys() == {"total"}:  # a total alone: the gradient of one reward is measured
             return self._advantages(total, everywhere["total"], "total", sets, total.valid, num_sets)
         out = torch.zeros(len(sets), dtype=torch.float64)
         optional = {reward.key for reward in self.config.rewards if not reward.required}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from flowrl.policies.base import DiffusionPolicy
+from flowrl.sharding import SHARDS, damaged_shard, digest_of, fit_state, split_shards, write_shards
 from flowrl.tracking import explain_full_disk
 from flowrl.types import UserError
 
@@ -48,8 +49,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of(path)
 
 
 def _sync(path: Path) -> None:
@@ -63,6 +63,8 @@ def _sync(path: Path) -> None:
 def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, identity: dict[str, Any], keep: int) -> Path:
     """Write ``checkpoints/step_<iteration>`` and remove all but this one and the ``keep`` - 1 before it.
 
+    A state with sharded tensors becomes a folder ``shards`` beside ``state.pt``; every process must call this then, and all must see the same run directory.
+
     Args:
         state: what `load_checkpoint` gives back: tensors and plain Python values.
         identity: facts that a run must share with a checkpoint to resume from it.
@@ -72,14 +74,25 @@ def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, ide
     folder = run_dir / "checkpoints"
     final = folder / f"step_{iteration:06d}"
     temporary = folder / f".{final.name}.partial"
+    plain, shards = split_shards(state)
+    is_main = not shards or torch.distributed.get_rank() == 0
     with explain_full_disk(run_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.partial"):
-            shutil.rmtree(leftover)
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*.partial"):
+                shutil.rmtree(leftover)
         try:
-            temporary.mkdir()
-            _write(temporary / "state.pt", state)
+            digests: dict[str, str] = {}
+            if is_main:
+                temporary.mkdir()
+            if shards:
+                digests = _write_shards(temporary / SHARDS, shards, is_main)
+            if not is_main:
+                return final
+            _write(temporary / "state.pt", plain)
             facts = {"format": _FORMAT, "iteration": iteration, "identity": identity, "sha256": _digest(temporary / "state.pt")}
+            if shards:
+                facts[SHARDS] = digests
             (temporary / "checkpoint.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             _sync(temporary / "checkpoint.json")
             if final.exists():
@@ -87,13 +100,24 @@ def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, ide
             temporary.replace(final)
             _sync(folder)
         except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
     found = find_checkpoints(run_dir)
     place = found.index(final)
     for other in found[:place] + found[place + keep :]:  # a newer one was damaged, or this one would not have been made again
         shutil.rmtree(other)
     return final
+
+
+def _write_shards(folder: Path, shards: dict[str, torch.Tensor], is_main: bool) -> dict[str, str]:
+    if is_main:
+        folder.mkdir()
+    torch.distributed.barrier()
+    digests = write_shards(folder, shards)
+    if is_main:
+        _sync(folder)
+    return digests
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -129,10 +153,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if facts["format"] != _FORMAT:
             raise ValueError(f"has format {facts['format']}, this version of flowrl reads {_FORMAT}")
+        shards = facts.get(SHARDS)
         facts = {"iteration": int(facts["iteration"]), "identity": dict(facts["identity"]), "sha256": str(facts["sha256"])}
         if _digest(folder / "state.pt") != facts["sha256"]:
             raise ValueError("is truncated or damaged (checksum differs)")
-        return facts, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        if shards is not None and (problem := damaged_shard(folder / SHARDS, shards)):
+            raise ValueError(problem)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        return facts, state if shards is None else {**state, SHARDS: str(folder / SHARDS)}
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"is incomplete ({type(error).__name__}: {error})") from error
 
@@ -184,7 +212,9 @@ def load_policy(run_dir: Path, policy: DiffusionPolicy, which: str = "last") -> 
     if loaded is None:
         raise UserError(f"{run_dir} has no checkpoint yet; train it first")
     iteration, state = loaded
-    weights = state["parameters"] if state["ema"] is None else state["ema"]["average"]
+    wanted = {name: state[name] for name in ("parameters" if state["ema"] is None else "ema", SHARDS) if name in state}
+    state = fit_state(wanted, policy.trainable())
+    weights = state["parameters"] if "parameters" in state else state["ema"]["average"]
     for parameter, value in zip(policy.trainable(), weights, strict=True):
         parameter.data.copy_(value)
     return iteration

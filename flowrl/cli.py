@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowrl import __version__, cli_rewards
+from flowrl import __version__, cli_export, cli_rewards
 from flowrl.cli_parts import complete_reward, examples, print_table
 
 if TYPE_CHECKING:
@@ -391,6 +391,7 @@ def methods(
     typer.echo("\n".join([*lines, "", "Defaults:", OmegaConf.to_yaml(OmegaConf.create(method.config)).rstrip()]))
 
 
+app.add_typer(cli_export.app)
 app.add_typer(cli_rewards.app)
 
 

@@ -82,8 +82,8 @@ class ModelConfig(_Section):
     lora: LoraConfig = LoraConfig()
     height: PositiveInt | None = Field(None, description="pixels; null = the model's own size")
     width: PositiveInt | None = None
-    max_sequence_length: NonNegativeInt | None = Field(None, description="T5 tokens appended to a prompt; null = 256, or 0 for the embedded model")
-    guidance: NonNegativeFloat | None = Field(None, description="of guidance-distilled networks (FLUX.1-dev), which take it as an input; null = 3.5")
+    max_sequence_length: NonNegativeInt | None = Field(None, description="tokens of a prompt (T5, Qwen3); null = the family's, see docs/models.md; 0 for the embedded model")
+    guidance: NonNegativeFloat | None = Field(None, description="of guidance-distilled networks (FLUX.1-dev), which take it as an input; null = 3.5; refused where there is no such input")
     gradient_checkpointing: Flag = False
     text_encoders: Literal["keep", "offload", "free"] = Field(
         "keep", description="after a prompt is encoded: stay on the device, wait in host memory, or, once all prompts of the run are encoded, be dropped"
@@ -122,7 +122,7 @@ class RewardConfig(_Section):
         None, description="samples a call; null = the reward's own choice; halved for good when the device's memory runs out"
     )
     offload: Flag = Field(False, description="keep its networks in host memory while the policy samples and trains")
-    required: Flag = Field(True, description="false: a sample that it cannot score is trained with the other rewards instead of being left out")
+    required: Flag = Field(True, description="false: a sample that it cannot score has the mean of its group there instead of being left out")
     minimum: Float | None = Field(None, description="a hard constraint: samples below it rank under all others of their group, whatever else they score")
 
     @property
@@ -413,6 +413,10 @@ class TrainingConfig(_Section):
     checkpoint_every: PositiveInt = 25
     keep_checkpoints: PositiveInt = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="several processes: each holds the whole network, or its part of network, optimiser and averages (see docs/scale.md)"
+    )
+    timeout_minutes: PositiveFloat = Field(30.0, description="how long a process waits for another one before the run ends with an error")
     max_invalid_share: Annotated[Float, Field(ge=0, le=1)] = Field(
         0.05, description="share of an iteration's samples without a score above which the run stops"
     )
@@ -517,14 +521,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a run's YAML file, put the defaults of its method underneath and the overrides on top, and check everything.
 
     Args:
-        path: a YAML file; OmegaConf interpolations such as ``${oc.env:HOME}`` are resolved.
+        path: a YAML file; OmegaConf interpolations such as ``${oc.env:HOME}`` are resolved. Its key ``extends`` names a file from its folder to lie on top of.
         overrides: ``key=value`` with dotted keys and YAML values: ``rollout.num_steps=6``, ``ema=null``, ``rewards=[scene, jpeg]``.
             A mapping is merged into a section and replaces `rewards` and `data.eval`.
 
     Raises:
         UserError: the file cannot be read or is not YAML, an override is malformed, or the run is invalid; then with one line per mistake.
     """
-    user = _read_yaml(Path(path))
+    user = _read_layers(Path(path), ())
     for override in overrides:
         _apply_override(user, override)
     lines: list[str] = []
@@ -557,6 +561,31 @@ def dump_config(config: Config) -> str:
         return [escape(item) for item in value] if isinstance(value, list) else value
 
     return OmegaConf.to_yaml(OmegaConf.create(escape(config.model_dump(mode="json"))))
+
+
+def _read_layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A file on top of what it extends; ``above``: the files that led here."""
+    top = _read_yaml(path)
+    base = top.pop("extends", None)
+    if base is None:
+        return top
+    if not isinstance(base, str) or not base:
+        raise UserError(f"config {path}: `extends` is the path of another config, from this one's folder")
+    place = (path.parent / base).resolve()
+    if place in above or place == path.resolve():
+        raise UserError(f"config {path}: `extends` leads back to {place}")
+    return _merge_layer(_read_layers(place, (*above, path.resolve())), top)
+
+
+def _merge_layer(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are merged; what the user names the keys of (`rewards`, `data.eval`) is replaced."""
+    merged = _merge(below, above)
+    for key in _OPEN_MAPPINGS:
+        section, _, name = key.rpartition(".")
+        source, target = (above.get(section, {}), merged.get(section)) if section else (above, merged)
+        if isinstance(source, Mapping) and isinstance(target, dict) and name in source:
+            target[name] = source[name]
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,8 @@ def build_rewards(entries: Sequence[RewardConfig], *, share: Sequence[RewardConf
     """Rewards by name or import string, with their weights; still to be loaded.
 
     Args:
-        share: configs of the rewards ``of``; where an entry asks for the same reward as one of these, it is that one, so that no network is loaded twice.
+        share: configs of the rewards ``of``; where an entry asks for the same reward as one of these, it is that one, so that no network is loaded twice, and
+            waits where that one does (``offload``).
     Raises:
         UserError: a reward is unknown, cannot be imported, or does not take its arguments; or a device is none.
     """
@@ -52,7 +53,8 @@ def build_rewards(entries: Sequence[RewardConfig], *, share: Sequence[RewardConf
         twin = next((other for other in share if all(getattr(other, key) == getattr(config, key) for key in same)), None)
         reward = load_reward(config.name, config.args) if twin is None or of is None else of.entry_of(twin.key).reward
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        found.append(Entry(config.key, config.weight, reward, _device(config), dtype, config.batch_size, config.offload, config.required))
+        offload = (twin or config).offload
+        found.append(Entry(config.key, config.weight, reward, _device(config), dtype, config.batch_size, offload, config.required))
     return WeightedRewards(found, beside=of)
 
 
@@ -79,20 +81,27 @@ class Evaluation:
 
     Attributes:
         prompts: length n. scores: reward -> [n] float32, NaN where invalid. images: the first few, [k, 3, H, W] in [0, 1].
+        problems: reward -> image number -> why it has no score.
     """
 
     prompts: Sequence[Prompt]
     scores: Mapping[str, Tensor]
     images: Tensor
+    problems: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def summary(self, num_prompts: int) -> dict[str, tuple[float, float, int]]:
-        """Reward -> (mean, half width of the 95 % interval clustered by prompt, number of valid images)."""
+        """Reward -> (mean, half width of the 95 % interval clustered by prompt, number of valid images).
+
+        Raises:
+            UserError: a reward could score none; the message says why of the first.
+        """
         out = {}
         for name, values in self.scores.items():
             valid = torch.isfinite(values)
             clusters = (torch.arange(len(values)) % num_prompts)[valid]
             if not len(clusters):
-                raise UserError(f"reward {name} could not score any image of the evaluation")
+                problem = self.problems.get(name, {}).get(0, "it gave no reason")
+                raise UserError(f"reward {name} could not score any image of the evaluation; the first, of the prompt '{self.prompts[0].text}': {problem}")
             out[name] = (*mean_ci95(values[valid], clusters), int(valid.sum()))
         return out
 
@@ -115,9 +124,9 @@ class Evaluator:
     def __call__(self, split: str, num_images: int, guidance_scale: float, grid_images: int) -> Evaluation:
         """Evaluate ``num_images`` images of a prompt set; the same result on every process."""
         prompts = [self.splits[split][i % len(self.splits[split])] for i in range(num_images)]
-        found: list[tuple[int, dict[str, float], Tensor | None]] = []
+        found: list[tuple[int, dict[str, float], dict[str, str], Tensor | None]] = []
         velocity = self.policy.velocity(guidance_scale)
-        for chunk in self._chunks(num_images, len(self.splits[split])):
+        for chunk in self.policy.in_step_through(self._chunks(num_images, len(self.splits[split]))):
             noise = torch.stack([torch.randn(self.policy.latent_shape, generator=generator("eval", self.seed, split, i)) for i in chunk])
             texts = [prompts[i].text for i in chunk]
             start, rows = noise.to(self.policy.device), self.policy.prompt_rows(texts)
@@ -127,14 +136,16 @@ class Evaluator:
             scores = self.rewards.score(SampleBatch([prompts[i] for i in chunk], images=images, group=group))
             values = {name: scores[name].values.tolist() for name in self.rewards.names}  # their weighted sum is no measurement
             for j, i in enumerate(chunk):
-                found.append((i, {name: column[j] for name, column in values.items()}, images[j] if i < grid_images else None))
+                problems = {name: scores[name].problems[j] for name in self.rewards.names if j in scores[name].problems}
+                found.append((i, {name: column[j] for name, column in values.items()}, problems, images[j] if i < grid_images else None))
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
         found.sort(key=lambda item: item[0])
         scores_by_name = {name: torch.tensor([row[1][name] for row in found]) for name in found[0][1]}
-        pictures = [row[2] for row in found if row[2] is not None]
+        reasons = {name: {row[0]: row[2][name] for row in found if name in row[2]} for name in scores_by_name}
+        pictures = [row[3] for row in found if row[3] is not None]
         self.rewards.rest()
-        return Evaluation(prompts, scores_by_name, torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1))
+        return Evaluation(prompts, scores_by_name, torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1), reasons)
 
     def _chunks(self, num_images: int, num_prompts: int) -> Iterator[list[int]]:
         """This process's images, as many at a time as fit. Where a reward compares samples, all images of a prompt are together, whatever the sizes."""
@@ -208,7 +219,7 @@ def evaluate_run(
 
     Args:
         run: a run directory; None = only the base model of ``config``.
-        rewards: names or import strings; empty = the config's evaluation rewards.
+        rewards: names or import strings, or labels of the config's rewards, which keep their ``args``; empty = the config's evaluation rewards.
         checkpoint: ``last`` or an iteration number.
     Returns:
         rows as in evals.jsonl.
@@ -219,7 +230,8 @@ def evaluate_run(
         if run is None:
             raise UserError("give a run directory or a config to evaluate")
         config = load_config(run / "config.yaml")
-    entries = [RewardConfig(name=name) for name in rewards] or list(config.evaluation.rewards or config.rewards)
+    known = {reward.label: reward for reward in (*config.rewards, *config.evaluation.rewards) if reward.label is not None}
+    entries = [known.get(name) or RewardConfig(name=name) for name in rewards] or list(config.evaluation.rewards or config.rewards)
     missing = [s for s in splits if s not in config.data.eval]
     if missing:
         raise UserError(f"no prompt set is called {missing[0]}; the config has {', '.join(config.data.eval)}")
@@ -241,4 +253,5 @@ def evaluate_run(
                 for reward, (mean, ci95, n) in evaluation.summary(len(prompts[split])).items():
                     row = {"iteration": iteration, "split": split, "policy": name, "guidance_scale": scale, "reward": reward}
                     rows.append({**row, "mean": mean, "ci95": ci95, "n": n})
+    scorer.close()
     return rows

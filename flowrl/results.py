@@ -63,7 +63,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     get = run.setting
     rank = get("model.lora.rank") if get("model.adapter") == "lora" else None
     rewards = [reward for reward in get("rewards", []) if isinstance(reward, Mapping)]
-    versions = [f"{name} {run.versions[name]}" for name in ("flowrl-diffusion", "torch", "diffusers", "python") if run.versions.get(name)]
+    versions = [f"{name} {run.versions[name]}" for name in ("flowrl", "torch", "diffusers", "python") if run.versions.get(name)]
     machine = [run.versions.get("device"), f"{run.versions['threads']} threads" if run.versions.get("threads") else None]
     plan, pairs = get("rollout.plan"), get("data.pairs")
     rollout = (
@@ -74,7 +74,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Method", [get("method")]),
         ("Model", [get("model.path"), get("model.dtype")]),
         ("Trained weights", [f"LoRA, rank {rank}" if rank else get("model.adapter")]),
-        ("Reward", [" + ".join(f"{reward.get('weight', 1.0):g} × {reward.get('name')}" for reward in rewards)]),
+        ("Reward", [" + ".join(f"{reward.get('weight', 1.0):g} × {reward.get('label') or reward.get('name')}" for reward in rewards)]),
         ("Rollout", rollout),
         ("Noise level", [get("rollout.noise_level") if plan != "ode" else None]),
         ("Likelihood", [get("likelihood")]),

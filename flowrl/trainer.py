@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -37,10 +38,11 @@ from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows
 from flowrl.policies.base import NetworkRows
 from flowrl.policies.ema import Ema, OldPolicy
 from flowrl.policies.families import make_policy
-from flowrl.processes import make_accelerator
+from flowrl.processes import check_agreement, make_accelerator
 from flowrl.reward_weights import RewardWeights
 from flowrl.rollout_log import SavedRollout
 from flowrl.seeds import derive_seed, generator
+from flowrl.sharding import clip_gradients, fit_state, local, whole
 from flowrl.tracking import RunLogger, explain_full_disk
 from flowrl.types import Prompt, Rollout, SampleBatch, Scores, UserError
 from flowrl.updates.base import Update, Weights
@@ -71,7 +73,8 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.accelerator = make_accelerator(config.training.device)
+        self.accelerator = make_accelerator(config.training.device, timeout_minutes=config.training.timeout_minutes)
+        check_agreement(self.accelerator, config)
         world = self.accelerator.num_processes
         if config.rollout.groups_per_iteration < world:
             groups = config.rollout.groups_per_iteration
@@ -82,14 +85,21 @@ class Trainer:
         self.splits = {name: load_prompts(path) for name, path in config.data.eval.items()}
         self.rewards, eval_rewards = self._load_rewards()
         rows, keep = config.training.rows_per_forward, needs_reference(config)
-        self.policy = make_policy(config.model, self.accelerator.device, rows_per_forward=rows, keep_reference=keep)
+        self.sharded = config.training.sharding == "fsdp2" and world > 1  # one process has nobody to share with
+        at_first = torch.device("cpu") if self.sharded else self.accelerator.device
+        self.policy = make_policy(config.model, at_first, rows_per_forward=rows, keep_reference=keep)
+        if self.sharded:
+            if config.optimizer.name != "adamw":
+                raise UserError(f"optimizer.name: {config.optimizer.name} cannot work on sharded weights; use adamw with training.sharding: fsdp2")
+            self.policy.shard(self.accelerator.device, config.training.timeout_minutes)
         every = [self.prompts, *self.splits.values()]
         self.policy.finish_prompts([prompt.text for prompts in every for prompt in prompts])
-        self.policy.training_module = self.accelerator.prepare(self.policy.network)
+        if not self.sharded:
+            self.policy.training_module = self.accelerator.prepare(self.policy.network)
         self._check_kernel()
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
-        self.shift = self.policy.scheduler_shift if config.rollout.shift is None else config.rollout.shift
-        self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction)
+        self.shift = self.policy.shift_for(config.rollout.num_steps) if config.rollout.shift is None else config.rollout.shift
+        self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction, self.policy.prediction)
         self.reward_weights = RewardWeights(config)
         self.assigner = Assigner(config, self._sum, self.reward_weights)
         self.sampler = GroupSampler(len(self.prompts), config.rollout.groups_per_iteration, config.seed)
@@ -102,6 +112,7 @@ class Trainer:
         self.old_policy: OldPolicy | None = None
         if old is not None:
             self.old_policy = OldPolicy(self.parameters, every=old.every, decay_slope=old.decay_slope, decay_start=old.decay_start, decay_max=old.decay_max)
+            self.old_policy.in_step = self.policy.in_step
         self.critic: Critic | None = None
         if config.critic is not None:
             channels, pooled_dim = self.policy.latent_shape[0], self.policy.pooled.shape[1]
@@ -159,10 +170,16 @@ class Trainer:
     def _check_kernel(self) -> None:
         """A kernel that does not fit the network's prediction is an error, noise that destroys the picture a warning."""
         rollout, prediction = self.config.rollout, self.policy.prediction
+        after, tuning = rollout.after_window, self.config.layer_tuning
         if prediction != "flow" and (rollout.plan == "ode" or self.config.likelihood == "matching"):
             raise UserError(
                 f"model.path: {self.policy.title} predicts {prediction}, and matching, ODE plans and what builds on them need a flow model; train its steps: "
                 "likelihood transition, kernel ddim, plan chain, window or tree"
+            )
+        if prediction != "flow" and (after.solver != "ode" or after.compression < 1 or (tuning.weight > 0 and tuning.target != "best_velocity")):
+            raise UserError(
+                f"model.path: {self.policy.title} predicts {prediction}, and rollout.after_window and a straight layer_tuning.target need a flow model; "
+                "use after_window: {solver: ode, compression: 1}, and layer_tuning.target: best_velocity or weight: 0"
             )
         if rollout.plan == "ode":
             return
@@ -207,6 +224,11 @@ class Trainer:
                 total = rows * config.rollout.groups_per_iteration
                 raise UserError(f"objective.updates_per_iteration: {updates} updates are more than the {total} training rows of an iteration; use fewer")
 
+    def close(self) -> None:
+        """Give back what rewards hold: threads, processes, connections."""
+        for rewards in (self.rewards, self.evaluator.rewards):
+            rewards.close()
+
     # --- one iteration ---
 
     def iterate(self, iteration: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -217,7 +239,7 @@ class Trainer:
         """
         started = time.perf_counter()
         rows = self.policy.rows
-        before, idle_before = NetworkRows(rows.forward, rows.backward), self.idle_rows
+        before, idle_before = replace(rows), self.idle_rows
         indices = self.sampler.groups(iteration - 1)
         mine = list(range(self.accelerator.process_index, len(indices), self.accelerator.num_processes))
         prompts = [self.prompts[indices[g]] for g in mine]
@@ -234,11 +256,11 @@ class Trainer:
         every = self.config.logging.rollouts_every
         self.sampled = self._gather(iteration, rollout, scores, prompts, mine) if every is not None and iteration % every == 0 else None
         assignment, metrics = self.assign(plan, rollout, scores, indices, mine, iteration)
-        measured = NetworkRows(rows.forward, rows.backward)
+        measured = replace(rows)
         if self.reward_weights.due(iteration):
             self.reward_weights.learn(self._reward_gradients(plan, rollout, scores, prompts, mine, iteration))
             self.rewards.weights = self.reward_weights.weights
-        measured = NetworkRows(rows.forward - measured.forward, rows.backward - measured.backward)
+        measured = NetworkRows(rows.forward - measured.forward, rows.backward - measured.backward, rows.idle - measured.idle)
         meters = self.update(plan, assignment, prompts, mine, iteration)
         finished = time.perf_counter()
         if self.old_policy is not None:
@@ -254,6 +276,7 @@ class Trainer:
         values["nfe/forward"], values["nfe/backward"] = used_forward, used_backward
         values["nfe/used"] = used_forward + used_backward
         values["nfe/minimum"] = self.minimum_nfe(assignment, len(indices), iteration, self.idle_rows - idle_before, metrics["reward/invalid"] == 0)
+        values["nfe/minimum"] += int(self._sum(rows.idle - before.idle - measured.idle))  # of sharded networks, see `Company`
         if self.config.reward_weights.kind == "gradient":
             values["nfe/reward_weights"] = of_weights
         values["nfe/total"], values["images"] = self.rows_total, self.images
@@ -307,7 +330,7 @@ class Trainer:
         chunk = max(1, config.training.rows_per_forward // max(len(wave) for wave in plan.waves))
         parts: list[Rollout] = []
         pending: list[Pending] = []
-        with self._sampling_policy():
+        with self._sampling_policy(), self.policy.in_step():
             for start in range(0, len(prompts), chunk):
                 stop = min(start + chunk, len(prompts))
                 part = execute(
@@ -319,6 +342,7 @@ class Trainer:
                     device=self.policy.device,
                     reduction=config.rollout.log_prob_reduction,
                     keep_velocity=self.assigner.keep_velocity,
+                    prediction=self.policy.prediction,
                 )
                 parts.append(move(part, torch.device("cpu")) if config.training.offload_rollouts else part)
                 shown = [prompts[start + g] for g in part.leaf_group.tolist()]
@@ -424,9 +448,10 @@ class Trainer:
             update, _ = self.material(plan, one, prompts, numbers, iteration)
             assert update is not None
             units = torch.arange(len(update.unit_group))
-            update.prepare([units])
+            with self.policy.in_step():
+                update.prepare([units])
             self.backward(update, units, len(prompts), first=False)
-            found.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]))
+            found.append(torch.cat([whole(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]))
             self.optimizer.zero_grad()
         return torch.stack(found)
 
@@ -439,7 +464,8 @@ class Trainer:
         for epoch in range(self.config.objective.inner_epochs):
             parts = self.split(update.unit_group, numbers, (iteration, epoch))
             if epoch == 0:
-                update.prepare(parts)
+                with self.policy.in_step():
+                    update.prepare(parts)
             for units in parts:
                 self.step(update, units, len(prompts), first=first)
                 first = False
@@ -561,14 +587,22 @@ class Trainer:
 
     def _in_micro_batches(self, update: Update, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> None:
         chunks = units.split(max(1, self.rows_per_backward // update.rows_per_unit))
+        company, rows = self.policy.company, self.policy.rows
+        missing = 0 if company is None else company.most(len(chunks)) - len(chunks)  # micro-batches that another process has and this one has not
         for number, chunk in enumerate(chunks):
             last = number == len(chunks) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.training_module):
+            # A sharded network's gradients are averaged after every micro-batch: whole ones would not fit.
+            with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.policy.training_module):
                 self.accelerator.backward(update.loss(chunk, weights, first=first, idle=idle))
+        nothing = Weights(torch.zeros_like(weights.decision), 0.0, 0.0)
+        for _ in range(missing):
+            before = rows.forward + rows.backward
+            self.accelerator.backward(update.loss(torch.zeros(1, dtype=torch.int64), nothing, first=first, idle=True))
+            rows.idle += rows.forward + rows.backward - before
 
     def _apply_gradients(self, meters: Meters) -> None:
         o = self.config.optimizer
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
+        norm = clip_gradients(self.parameters, o.max_grad_norm)
         if not torch.isfinite(norm):
             raise UserError(
                 f"the gradient became {norm.item()} at update {self.num_updates + 1}; the last checkpoint is intact: lower optimizer.learning_rate, "
@@ -614,10 +648,10 @@ class Trainer:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, on the main process; every process must call it."""
+        """Everything that a resumed run needs, on the main process; every process must call it. Sharded tensors stay where they are."""
         states = gather_object([random_state()])
         return {
-            "parameters": [p.detach().cpu() for p in self.parameters],
+            "parameters": [p.detach() if self.sharded else p.detach().cpu() for p in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "old_policy": None if self.old_policy is None else self.old_policy.state_dict(),
@@ -631,9 +665,10 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
+        """Undo `state`, or that of a run whose network was sharded in another way."""
+        state = fit_state(state, self.parameters)
         for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-            parameter.data.copy_(value)
+            local(parameter.detach()).copy_(local(value))
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):

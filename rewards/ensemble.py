@@ -54,6 +54,7 @@ class Ensemble:
             source="reward ensembles, arXiv:2310.02743",
             scope="group" if any(info.scope != "sample" for info in infos) else "sample",
             weights=tuple(dict.fromkeys(weight for info in infos for weight in info.weights)),
+            weights_license="; ".join(dict.fromkeys(info.weights_license for info in infos if info.weights_license)),
             parameters=sum(info.parameters for info in infos),
             reads=tuple(dict.fromkeys(part for info in infos for part in info.reads)) or ("prompt", "images"),
             metadata=tuple(dict.fromkeys(key for info in infos for key in info.metadata)),
@@ -66,14 +67,14 @@ class Ensemble:
             self._members.check_prompts(prompts)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the members, each in the precision that it asks for.
+        """Load the members: in float32, which this reward asks for, each in the precision that it asks for itself; in another one, all in that.
 
         Raises:
             UserError: there are fewer than two, or one cannot be loaded.
         """
         if self._members is None or len(self._members.names) < 2:
             raise UserError("reward ensemble: needs at least two members; list them under args, such as members: [{name: pickscore}, {name: image_reward}]")
-        self._members.load(device, dtype)
+        self._members.load(device, None if dtype == torch.float32 else dtype)
 
     def to(self, device: torch.device) -> None:
         """Move the members' networks."""

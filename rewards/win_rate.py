@@ -162,12 +162,12 @@ class WinRate:
             UserError: from that reward.
         """
         if self.name is not None:
-            check = getattr(self._reward(), "check_prompts", None)
-            if check is not None:
-                check(prompts)
+            WeightedRewards([(self.name, 1.0, self._reward())]).check_prompts(prompts)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the reward that judges, or make the judge; a second call loads that reward once more, which only moves it.
+
+        That reward is loaded in the precision that it asks for itself, unless another one than float32 is given.
 
         Raises:
             UserError: the reward that judges cannot be made or loaded, or is itself one of groups; the judge cannot be made.
@@ -175,7 +175,7 @@ class WinRate:
         if self.name is not None:
             if self._scored is None:
                 self._scored = WeightedRewards([(self.name, 1.0, self._reward())])
-            self._scored.load(device, dtype)
+            self._scored.load(device, None if dtype == torch.float32 else dtype)
         elif self._judge is None:
             from rewards.judge import PairJudge
 

@@ -81,7 +81,7 @@ class _Executor:
         return torch.where(alone, own, (shared + scale * own) / math.sqrt(1 + scale**2))
 
     def deterministic(self, wave: _Wave, before: _Wave | None, v: Tensor, children: Sequence[int]) -> Tensor:
-        """[P, n, L...] latents of deterministic edges: first order, or with the memory of the wave before DPM-Solver++ or Heun's correction of an Euler step."""
+        """[P, n, L...] latents of deterministic edges: first order, or with the memory of the wave before DPM-Solver++ or Heun's correction."""
         nodes, count = self.plan.nodes, len(self.generators)
         position = [wave.nodes.index(nodes[c].parent) for c in children]
         same = position == list(range(len(wave.nodes)))

@@ -19,7 +19,7 @@ from flowrl.config import dump_config, list_methods, load_config
 from flowrl.types import UserError
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train", "sample", "eval", "report", "methods", "rewards", "score", "serve-reward"]
+COMMANDS = ["train", "sample", "eval", "export", "report", "methods", "rewards", "score", "serve-reward"]
 
 
 @pytest.fixture

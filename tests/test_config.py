@@ -123,7 +123,7 @@ def test_one_reward_may_be_given_without_a_list(write, form: str) -> None:
         ("group_size: 8", "group_size: unknown key; did you mean rollout.group_size?"),
         (
             "optimizer: {lr: 1}",
-            "optimizer.lr: unknown key; known: learning_rate, betas, eps, weight_decay, warmup_updates, max_grad_norm",
+            "optimizer.lr: unknown key; known: name, learning_rate, betas, eps, weight_decay, warmup_updates, max_grad_norm",
         ),
         ("ema: {decai: 0.5}", "ema.decai: unknown key; did you mean decay?"),
         ("method: flow_grp", "method: unknown method flow_grp; did you mean flow_grpo?"),
@@ -312,3 +312,37 @@ def test_the_published_defaults_are_those_of_the_paper() -> None:
     assert (rollout.guidance_scale, rollout.grid, rollout.same_noise) == (4.5, "diffusers", False)
     assert (config.objective.clip_low, config.objective.clip_high, config.kl.weight, config.kl.form) == (1e-4, 1e-4, 0.04, "fg_code")
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.advantage.clip) == (3e-4, 1e-4, 5.0)
+
+
+# --- layers
+
+
+def test_a_config_extends_another_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "base.yaml").write_text(
+        "run_dir: runs/a\nrewards: {scene: 1.0, ink: 2.0}\nrollout: {num_steps: 6, group_size: 4}\ndata: {eval: {x: a.txt}}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("extends: below/base.yaml\nrollout: {group_size: 8}\nseed: 3\n")
+    (tmp_path / "top.yaml").write_text("extends: middle.yaml\nrewards: {ink: 1.0}\ndata: {eval: {y: b.txt}}\nseed: 4\n")
+    config = load_config(tmp_path / "top.yaml", ["rollout.group_size=2"])
+    assert (config.run_dir, config.seed, config.rollout.num_steps, config.rollout.group_size) == ("runs/a", 4, 6, 2)
+    assert [(reward.name, reward.weight) for reward in config.rewards] == [("ink", 1.0)]  # rewards and prompt sets are replaced
+    assert dict(config.data.eval) == {"y": "b.txt"}
+    assert load_config(tmp_path / "middle.yaml").data.eval == {"x": "a.txt"}
+    assert "extends" not in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: other.yaml", "other.yaml: no such file"),
+        ("extends: 3", "`extends` is the path of another config, from this one's folder"),
+        ("extends: top.yaml", "`extends` leads back to"),
+        ("extends: round.yaml", "`extends` leads back to"),
+    ],
+)
+def test_a_config_that_extends_nothing_usable(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "round.yaml").write_text("extends: top.yaml")
+    (tmp_path / "top.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "top.yaml")

@@ -207,7 +207,47 @@ def test_every_objective_has_the_same_metrics_and_leaves_masked_decisions_alone(
 
 
 def test_the_table_names_its_functions():
-    assert list(OBJECTIVES.items()) == [("clipped_surrogate", clipped_surrogate), ("reinforce", reinforce)]
+    assert all(function.__name__ == name for name, function in OBJECTIVES.items())
+    assert list(OBJECTIVES) == ["clipped_surrogate", "reinforce", "sapo", "cispo", "gmpo", "vespo", "mdpo", "kimi", "bgpo"]
+    assert OBJECTIVES["clipped_surrogate"] is clipped_surrogate
+    assert OBJECTIVES["reinforce"] is reinforce
+
+
+# --- dual clip and a bound of the ratio ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_dual_clip_and_ratio_max_nothing_changes_bit_for_bit():
+    log_prob, old, advantages = draw(20, spread=1.0)
+    plain = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=0.2, clip_high=0.1)
+    wide = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=0.2, clip_high=0.1, dual_clip=math.inf, ratio_max=math.inf, centre=1.0)
+    assert wide.loss.equal(plain.loss)
+    assert all(wide.metrics[name].equal(value) for name, value in plain.metrics.items())
+    assert torch.autograd.grad(wide.loss.sum(), log_prob)[0].equal(torch.autograd.grad(plain.loss.sum(), log_prob)[0])
+
+
+def test_the_dual_clip_by_hand():
+    # clip to [0.8, 1.2], c = 3: with A = -2 the loss is 2 r between 0.8 and 3, 1.6 below and 6 above; with A = 2 the usual clip
+    ratio = torch.tensor([[0.5, 1.0, 2.0, 5.0]], dtype=torch.float64).repeat(2, 1)
+    log_prob, advantages = ratio.log().requires_grad_(), torch.tensor([[-2.0], [2.0]], dtype=torch.float64).expand(2, 4)
+    objective = clipped_surrogate(decisions(log_prob, torch.zeros_like(ratio), advantages), clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    torch.testing.assert_close(objective.loss, torch.tensor([[1.6, 2.0, 4.0, 6.0], [-1.0, -2.0, -2.4, -2.4]], dtype=torch.float64), **FP64)
+    (gradient,) = torch.autograd.grad(objective.loss.sum(), log_prob)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 2.0, 4.0, 0.0], [-1.0, -2.0, 0.0, 0.0]], dtype=torch.float64), **FP64)
+    assert objective.metrics["clipped_high"].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert objective.metrics["clipped_low"].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("ratio_max", [0.5, 1.05, 1.5, 4.0])
+@pytest.mark.parametrize("dual_clip", [None, 1.2, 3.0])
+def test_both_bounds_are_the_maxima_and_minima_of_their_definition(dual_clip, ratio_max):
+    log_prob, old, advantages = draw(21, spread=1.0, shape=(10, 20))
+    loss = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=0.2, clip_high=0.1, dual_clip=dual_clip, ratio_max=ratio_max).loss
+    ratio = (log_prob - old).exp()
+    expected = torch.maximum(-advantages * ratio.clamp(max=ratio_max), -advantages * ratio.clamp(0.8, 1.1))
+    if dual_clip is not None:
+        expected = torch.where(advantages < 0, torch.minimum(expected, -advantages * dual_clip), expected)
+    torch.testing.assert_close(loss, expected, **FP64)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), log_prob), torch.autograd.grad(expected.sum(), log_prob), **FP64)
 
 
 # --- DiffusionNFT -------------------------------------------------------------------------------------------------------------------------------

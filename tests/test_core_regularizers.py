@@ -1,10 +1,29 @@
 """Divergences: against torch.distributions, against each other, at equality, and single-sample estimates against exact sums."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from flowrl.core.regularizers import categorical_kl_estimate, gaussian_kl, velocity_penalty
+from flowrl.core.regularizers import (
+    EntropyController,
+    EntropyHistory,
+    KlController,
+    categorical_kl,
+    categorical_kl_estimate,
+    entropy_band,
+    entropy_bonus,
+    gaussian_kl,
+    kl_barrier,
+    kl_convex,
+    kl_convex_share,
+    kl_in_reward,
+    off_policy_kl,
+    sft_loss,
+    sft_share,
+    velocity_penalty,
+)
 from samplers.flow_sde import FlowSde
 from samplers.kernels import Step
 from samplers.schedules import diffusers_grid
@@ -198,3 +217,180 @@ def test_the_reference_gets_no_gradient(kind):
 def test_an_unknown_estimate_is_refused():
     with pytest.raises(ValueError, match="unknown KL estimate 'k4'; known: k1, k2, k3"):
         categorical_kl_estimate("k4", torch.zeros(1), torch.zeros(1))
+
+
+KINDS = ("k1", "k2", "k3", "k3_k2", "abs")
+
+
+def average_gradient(kind, start, log_q):
+    """The estimate's gradient in the logits, averaged over what the policy samples: exact, the sum over all outcomes."""
+    p = start.clone().requires_grad_()
+    log_p = p.log_softmax(0)
+    return torch.autograd.grad((log_p.exp().detach() * categorical_kl_estimate(kind, log_p, log_q)).sum(), p)[0]
+
+
+def test_item_21_gradients_of_the_estimates_on_an_enumerable_policy(logits):
+    start, log_q = logits[0], logits[1].log_softmax(0)
+    p = start.clone().requires_grad_()
+    (forward,) = torch.autograd.grad(exact_kl(p.log_softmax(0), log_q), p)
+    (backward,) = torch.autograd.grad(exact_kl(log_q, p.log_softmax(0)), p)
+    torch.testing.assert_close(average_gradient("k1", start, log_q), torch.zeros_like(p), **FP64)
+    torch.testing.assert_close(average_gradient("k2", start, log_q), forward, **FP64)
+    torch.testing.assert_close(average_gradient("k3_k2", start, log_q), forward, **FP64)
+    torch.testing.assert_close(average_gradient("k3", start, log_q), backward, **FP64)
+    assert (forward - backward).abs().max() > 0.01
+
+
+def test_k3_k2_has_the_value_of_k3():
+    log_p = torch.linspace(-5, 0, 21, dtype=torch.float64)
+    ref = torch.full_like(log_p, -2.0)
+    torch.testing.assert_close(categorical_kl_estimate("k3_k2", log_p, ref), categorical_kl_estimate("k3", log_p, ref), **FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_estimate_is_0_at_equality_and_k3_is_k2_to_second_order(kind):
+    same = torch.tensor([-1.0, -3.0], dtype=torch.float64)
+    assert categorical_kl_estimate(kind, same, same).eq(0).all()
+    if kind == "k3":
+        near = categorical_kl_estimate(kind, same + 1e-4, same) / categorical_kl_estimate("k2", same + 1e-4, same)
+        torch.testing.assert_close(near, torch.ones_like(near), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "abs"])
+def test_the_estimates_gradients_match_finite_differences(kind, logits):
+    log_p, log_q = logits[0].clone().requires_grad_(), logits[1]
+    assert torch.autograd.gradcheck(lambda x: categorical_kl_estimate(kind, x, log_q), log_p)
+    assert torch.autograd.gradcheck(lambda x: categorical_kl_estimate(kind, x, log_q, limits=(20.0, 10.0)), log_p)
+
+
+def test_limits_hold_the_argument_and_the_value():
+    log_p = torch.tensor([-40.0, -1.0], dtype=torch.float64)
+    ref = torch.tensor([0.0, -40.0], dtype=torch.float64)
+    assert categorical_kl_estimate("k1", log_p, ref, limits=(20.0, 10.0)).tolist() == [-10.0, 10.0]
+    assert categorical_kl_estimate("k2", log_p, ref, limits=(20.0, 300.0)).tolist() == [200.0, 200.0]
+    assert categorical_kl_estimate("k3", log_p, ref, limits=(20.0, 10.0)).tolist() == [10.0, 10.0]
+
+
+def test_the_full_kl_is_the_exact_one_and_an_impossible_token_adds_nothing(logits):
+    log_p, log_q = (x.log_softmax(0).requires_grad_() for x in logits)
+    torch.testing.assert_close(categorical_kl(log_p[None], log_q[None]), exact_kl(log_p, log_q.detach())[None], **FP64)
+    assert torch.autograd.grad(categorical_kl(log_p, log_q), log_q, allow_unused=True)[0] is None
+    assert torch.autograd.gradcheck(lambda x: categorical_kl(x.log_softmax(0), log_q), logits[0].clone().requires_grad_())
+    sure = torch.tensor([0.0, -math.inf], dtype=torch.float64)
+    torch.testing.assert_close(categorical_kl(sure, torch.tensor([0.5, 0.5], dtype=torch.float64).log()), torch.tensor(math.log(2), dtype=torch.float64))
+
+
+def test_the_off_policy_estimate_is_unbiased_under_the_policy_that_sampled(logits):
+    log_p, log_q = (x.log_softmax(0) for x in logits)
+    old = torch.linspace(-1, 1, 7, dtype=torch.float64).log_softmax(0)
+    value = (old.exp() * off_policy_kl("k3", log_p, log_q, log_p - old)).sum()
+    torch.testing.assert_close(value, exact_kl(log_p, log_q), **FP64)
+    start = logits[0].clone().requires_grad_()
+    ours, exact = start.log_softmax(0), exact_kl(start.log_softmax(0), log_q)
+    (gradient,) = torch.autograd.grad((old.exp() * off_policy_kl("k3", ours, log_q, ours - old)).sum(), start)
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact, start)[0], **FP64)  # and in gradient
+    assert off_policy_kl("k3", log_p, log_q, torch.zeros_like(log_p)).equal(categorical_kl_estimate("k3", log_p, log_q))
+
+
+def test_the_kl_in_the_reward_by_hand():
+    rewards, old, ref = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[-1.0, -2.0, math.nan]], requires_grad=True), torch.tensor([[-1.5, -1.0, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    held = kl_in_reward(rewards, old, ref, mask, beta=0.1)
+    torch.testing.assert_close(held, torch.tensor([[-0.05, 1.1, 0.0]]))
+    assert not held.requires_grad
+    assert kl_in_reward(rewards, ref, ref, mask, beta=0.1).tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_the_kl_controller_follows_its_target():
+    controller = KlController(beta=0.2, target=6.0, horizon=1000.0)
+    assert controller.updated(6.0, 100).beta == pytest.approx(0.2)
+    assert controller.updated(6.6, 100).beta == pytest.approx(0.2 * 1.01)  # error 0.1
+    assert controller.updated(600.0, 100).beta == pytest.approx(0.2 * 1.02)  # at most 0.2
+    assert controller.updated(0.0, 100).beta == pytest.approx(0.2 * 0.98)
+    assert controller.updated(math.nan, 100) is controller
+    assert KlController(**controller.updated(6.6, 100).state_dict()) == controller.updated(6.6, 100)
+
+
+def test_the_convex_kl_by_hand_and_at_its_ends():
+    log_p, base, previous = (torch.tensor([x], dtype=torch.float64) for x in (-1.0, -2.0, -1.5))
+    assert kl_convex("k1", log_p, base, previous, share=0.75).item() == pytest.approx(0.75 * 1.0 + 0.25 * 0.5)
+    for kind in KINDS:
+        assert kl_convex(kind, log_p, base, previous, share=1.0).equal(categorical_kl_estimate(kind, log_p, base))
+        assert kl_convex(kind, log_p, base, previous, share=0.0).equal(categorical_kl_estimate(kind, log_p, previous))
+    assert [kl_convex_share(t) for t in (0, 50, 51, 60, 61, 100, 101, 1000)] == pytest.approx([1, 1, 0.9, 0.9, 0.8, 0.5, 0.5, 0.5])
+
+
+def test_the_barrier_acts_above_its_level_only():
+    log_prob = torch.tensor([[-1.0, -2.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    old, mask = torch.tensor([[-0.9, -2.2, 0.0]], dtype=torch.float64), torch.tensor([[True, True, False]])
+    assert kl_barrier(log_prob, old, mask, mean_kl=torch.tensor(5e-5)).eq(0).all()
+    value = kl_barrier(log_prob, old, mask, mean_kl=torch.tensor(0.0011, dtype=torch.float64))  # 1000 (0.0011 - 0.0001) = 1
+    torch.testing.assert_close(value.detach(), torch.tensor([[0.1, -0.2, 0.0]], dtype=torch.float64), **FP64)
+    assert torch.autograd.grad(value.sum(), log_prob)[0].tolist() == [pytest.approx([-1.0, -1.0, 0.0])]
+
+
+# --- entropy and supervised terms ---
+
+
+def test_the_entropy_bonus_is_minus_its_weight():
+    entropy = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert entropy_bonus(entropy, weight=0.5).tolist() == [-0.5, -1.0]
+    assert entropy_bonus(entropy, weight=0.0).eq(0).all()
+    assert torch.autograd.grad(entropy_bonus(entropy, weight=0.5).sum(), entropy)[0].tolist() == [-0.5, -0.5]
+
+
+def test_the_entropy_controller_raises_below_the_target_and_is_silent_above():
+    controller = EntropyController(target=0.2, high=0.018)
+    assert controller.weight == 0.01
+    low = controller.updated(0.2)
+    assert (low.coefficient, low.weight) == pytest.approx((0.015, 0.015))
+    assert low.updated(0.1).coefficient == pytest.approx(0.018)
+    high = controller.updated(0.3)
+    assert high.coefficient == pytest.approx(0.005)
+    assert high.weight == 0.0
+    assert high.updated(0.3).updated(0.3).coefficient == 0.0
+    assert high.updated(math.nan) is high
+    assert EntropyController(**high.state_dict()) == high
+
+
+def test_the_entropy_history_is_the_mean_of_all_updates():
+    mask = torch.tensor([[True, True, False]])
+    history = EntropyHistory.empty(3).updated(torch.tensor([[1.0, 3.0, math.nan]]), torch.tensor([[0, 1, 0]]), mask)
+    history = history.updated(torch.tensor([[2.0, 3.0, 0.0]]), torch.tensor([[0, 0, 0]]), mask)
+    assert history.means().tolist() == [2.0, 3.0, 0.0]
+    assert history.counts.tolist() == [3.0, 1.0, 0.0]
+    assert EntropyHistory(**history.state_dict()).means().tolist() == [2.0, 3.0, 0.0]
+
+
+def test_the_entropy_band_by_hand():
+    # band 0.8 .. 1.2 around 1, weight 0.1; no history in the last place
+    entropy = torch.tensor([0.5, 0.9, 1.5, 7.0], dtype=torch.float64, requires_grad=True)
+    mean = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert entropy_band(entropy, mean).tolist() == pytest.approx([0.03, 0.0, 0.03, 0.0])
+    assert entropy_band(entropy, mean, form="step").tolist() == [0.1, 0.0, 0.1, 0.0]
+    assert entropy_band(2 * entropy, 2 * mean).tolist() == pytest.approx([0.03, 0.0, 0.03, 0.0])
+    assert torch.autograd.grad(entropy_band(entropy, mean).sum(), entropy)[0].tolist() == pytest.approx([-0.1, 0.0, 0.1, 0.0])
+    assert not entropy_band(entropy, mean, form="step").requires_grad  # text.md 15.9: as released it moves nothing
+    assert torch.autograd.gradcheck(lambda x: entropy_band(x, mean), entropy)
+
+
+@pytest.mark.parametrize("form", ["hinge", "step"])
+def test_a_band_without_weight_leaves_the_plain_bonus(form):
+    entropy = torch.tensor([0.5, 0.9, 1.5], dtype=torch.float64)
+    assert entropy_band(entropy, torch.ones(3), weight=0.0, form=form).eq(0).all()
+    with pytest.raises(ValueError, match="unknown form 'ramp' of the entropy band; known: hinge, step"):
+        entropy_band(entropy, torch.ones(3), form="ramp")
+
+
+def test_the_supervised_loss_by_hand():
+    log_prob = torch.tensor([[-1.0, -2.0, math.nan]], requires_grad=True)
+    mask, weight = torch.tensor([[True, True, False]]), torch.tensor([[0.5, 0.25, math.nan]])
+    assert sft_loss(log_prob, mask).tolist() == [[1.0, 2.0, 0.0]]
+    assert sft_loss(log_prob, mask, weight).tolist() == [[0.5, 0.5, 0.0]]
+    assert torch.autograd.grad(sft_loss(log_prob, mask, weight).sum(), log_prob)[0].tolist() == [[-0.5, -0.25, 0.0]]
+
+
+def test_chords_share_rises_falls_and_stays():
+    assert [sft_share(t, warmup=10, peak=0.9, decay=20, valley=0.1) for t in (0, 5, 10, 20, 30, 99)] == pytest.approx([0.0, 0.45, 0.9, 0.5, 0.1, 0.1])
+    assert [sft_share(t, peak=0.3, valley=0.3) for t in (0, 500)] == pytest.approx([0.3, 0.3])
+    assert sft_share(3, decay=0, valley=0.2) == pytest.approx(0.2)

@@ -20,7 +20,7 @@ from flowrl.policies.sd3 import Sd3Policy
 from flowrl.run import train
 from flowrl.seeds import derive_seed, generator
 from flowrl.statistics import mean_ci95
-from flowrl.types import UserError
+from flowrl.types import RewardInfo, SampleBatch, Scores, UserError
 from samplers.rollout import sample_ode
 
 Configure = Callable[..., Config]
@@ -79,6 +79,28 @@ def test_the_summary_clusters_by_prompt_and_leaves_out_what_could_not_be_scored(
         nothing.summary(2)
 
 
+def test_a_reward_without_any_score_says_why_of_the_first_image(configure: Configure) -> None:
+    result = make_evaluator(configure(), ["test_evaluation:Refusing"])("eval", 3, 1.0, 0)
+    with pytest.raises(UserError) as caught:
+        result.summary(3)
+    first = result.prompts[0].text
+    assert str(caught.value) == f"reward test_evaluation:Refusing could not score any image of the evaluation; the first, of the prompt '{first}': not {first}"
+
+
+class Refusing:
+    """Scores nothing."""
+
+    info = RewardInfo("refusing", "for tests", 0.0, 1.0)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
+
+    def score(self, batch: SampleBatch) -> Scores:
+        size = len(batch)
+        reasons = {i: f"not {prompt.text}" for i, prompt in enumerate(batch.prompts)}
+        return Scores(torch.full((size,), math.nan), torch.zeros(size, dtype=torch.bool), problems=reasons)
+
+
 def test_a_grid_has_every_picture_at_its_place() -> None:
     images = torch.stack([torch.full((3, 4, 6), i / 10) for i in range(5)])
     pixels = np.asarray(grid_of(images, 2))
@@ -120,6 +142,12 @@ def test_base_and_checkpoint_are_compared_on_the_same_pictures(configure: Config
         assert now["mean"] == pytest.approx(then["mean"], abs=1e-6)  # what the training itself has measured
         assert now["n"] == then["n"] == 6
     assert evaluate_run(run, None, [], checkpoint="2", **settings)[-1]["iteration"] == 2
+
+
+def test_a_reward_of_the_run_can_be_named_by_its_label(configure: Configure) -> None:
+    config = configure("rewards=[{name: 'toys:Warmth', label: warm, args: {word: red}}]")
+    rows = evaluate_run(None, config, ["warm", "toys:redness"], 3, 2, [1.0], ["eval"], 0)
+    assert [row["reward"] for row in rows] == ["warm", "toys:redness"]
 
 
 def test_a_config_alone_has_its_base_model_evaluated(configure: Configure) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import pickle
+from logging import getLogger as named
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def test_a_file_is_found_in_a_folder_by_itself_and_under_the_home(tmp_path: Path
     assert locate_file("test", "~/a.pt", "b.pt") == tmp_path / "a.pt"
     with pytest.raises(UserError, match=r"^reward test: the folder .* has no file b\.pt$"):
         locate_file("test", str(tmp_path), "b.pt")
+
+
+def test_the_hub_clients_lines_about_each_try_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(source: str, filename: str = "") -> None:
+        named("huggingface_hub.utils").warning("Retrying in 1s")
+        raise OSError("no way")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    level = named("huggingface_hub").level
+    for load in (lambda: locate_file("test", "owner/name", "a.pt"), lambda: load_pretrained("test", fail, "owner/name")):
+        with pytest.raises(UserError, match="no way"):
+            load()
+    assert "Retrying" not in caplog.text
+    assert named("huggingface_hub").level == level
 
 
 def test_a_file_of_the_hub_is_asked_for_by_id_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,23 @@ def test_a_reward_that_is_not_required_leaves_the_total_to_the_others() -> None:
     assert list(total.problems) == [2]
 
 
+def test_a_sample_without_an_optional_score_has_the_mean_of_its_group_and_never_a_zero() -> None:
+    some = Planted(lambda batch: Scores(torch.tensor([1.0, NAN, 3.0, NAN, NAN]), torch.tensor([True, False, True, False, False])))
+    weighted = loaded(Entry("all", 2.0, Planted()), Entry("some", 10.0, some, required=False))
+    batch = batch_of(1, 1, 1, 1, 2)
+    total = weighted.score(SampleBatch(batch.prompts, batch.images, group=torch.tensor([7, 7, 7, 4, 4])))["total"]
+    assert total.values.tolist() == [12, 22, 32, 2, 4]  # nobody of the second group has a score, so nobody gains or loses
+    assert total.valid.all()
+
+
+def test_a_reward_that_ends_the_program_is_an_error_like_any_other() -> None:
+    def leave(batch: SampleBatch) -> Scores:
+        raise SystemExit(3)
+
+    with pytest.raises(UserError, match="^reward rude failed on the prompt 'prompt 0': SystemExit: 3; correct the reward"):
+        loaded(Entry("rude", 1.0, Planted(leave))).score(batch_of(1, 2))
+
+
 def test_a_sample_that_only_watched_rewards_could_score_is_invalid() -> None:
     nothing = Planted(lambda batch: Scores(torch.full((len(batch),), NAN), torch.zeros(len(batch), dtype=torch.bool)))
     total = loaded(Entry("watched", 0.0, Planted()), Entry("some", 1.0, nothing, required=False)).score(batch_of(1.0))["total"]

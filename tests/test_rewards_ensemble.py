@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 
-from flowrl.types import Prompt, SampleBatch, UserError
+from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
 from rewards.ensemble import Ensemble
+from rewards.win_rate import WinRate
 
 CPU = torch.device("cpu")
 TWO = [{"name": "toys:brightness", "label": "light"}, {"name": "toys:redness", "shift": -1, "scale": 2}]
@@ -121,3 +123,34 @@ def test_fewer_than_two_members_are_refused_when_it_is_loaded(members: list[str]
 def test_scoring_comes_after_loading() -> None:
     with pytest.raises(RuntimeError, match="load must be called before score"):
         Ensemble().score(batch_of((0, 0, 0)))
+
+
+class Noted:
+    """Brightness; it notes the precision that it is loaded in."""
+
+    dtypes: ClassVar[list[torch.dtype]] = []
+
+    def __init__(self, name: str = "noted") -> None:
+        self.info = RewardInfo(name, "for tests", 0.0, 1.0, dtype="bfloat16", weights_license="MIT", metadata=("colour",))
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.dtypes.append(dtype)
+
+    def score(self, batch: SampleBatch) -> Scores:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("device", "given", "expected"), [("meta", "float32", "bfloat16"), ("meta", "float16", "float16"), ("cpu", "float32", "float32")])
+def test_members_are_loaded_in_the_precision_that_they_ask_for(device: str, given: str, expected: str) -> None:
+    Noted.dtypes.clear()
+    made = "test_rewards_ensemble:Noted"
+    ensemble = Ensemble([{"name": made, "label": "a"}, {"name": made, "label": "b"}])
+    assert ensemble.info.weights_license == "MIT"
+    for reward in (ensemble, WinRate(reward=made)):
+        reward.load(torch.device(device), getattr(torch, given))
+    assert Noted.dtypes == [getattr(torch, expected)] * 3
+
+
+def test_what_the_judging_reward_of_a_win_rate_needs_is_looked_for_before_the_run() -> None:
+    with pytest.raises(UserError, match="needs `colour` in the metadata of every prompt"):
+        WinRate(reward="test_rewards_ensemble:Noted").check_prompts([Prompt("a")])

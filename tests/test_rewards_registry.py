@@ -532,10 +532,13 @@ def test_an_output_of_the_wrong_type_or_length_is_named_with_the_first_prompt(re
     assert "\n" not in str(caught.value)
 
 
-def test_raw_columns_that_come_and_go_between_batches_are_an_error() -> None:
+def test_a_raw_column_that_a_batch_lacks_has_nothing_to_say_there() -> None:
     reward = Planted(lambda b: Scores(torch.zeros(2), torch.ones(2, dtype=torch.bool), {b.prompts[0].text: torch.zeros(2)}), 2)
-    with pytest.raises(UserError, match=r"^reward odd returned the raw columns \['prompt 0'\] for one batch and \['prompt 2'\] for the next"):
-        loaded(("odd", 1.0, reward)).score(make_batch(4))
+    raw = loaded(("odd", 1.0, reward)).score(make_batch(4))["odd"].raw
+    assert {name: column.isnan().tolist() for name, column in raw.items()} == {
+        "prompt 0": [False, False, True, True],
+        "prompt 2": [True, True, False, False],
+    }
 
 
 def test_long_prompts_are_cut_and_kept_on_one_line_in_messages() -> None:

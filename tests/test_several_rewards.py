@@ -12,11 +12,14 @@ import torch
 from drills import RowCount, begin
 from toys import PROMPTS
 
+from flowrl.agreement import settings_without_effect
+from flowrl.assignment import Assigner
 from flowrl.config import Config
 from flowrl.evaluation import build_rewards
 from flowrl.run import train
 from flowrl.trainer import Trainer
 from flowrl.types import RewardInfo, SampleBatch, Scores, UserError
+from samplers.forest import leaves_only
 
 Configure = Callable[..., Config]
 
@@ -142,6 +145,15 @@ def test_gradients_move_the_weights_after_their_iteration_and_their_rows_are_cou
     assert third["reward/total/mean"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.parametrize(("minimum", "more"), [("", "advantage.aggregate=gdpo"), (", minimum: -0.05", "seed=0")])
+def test_gradients_are_measured_of_each_reward_whatever_they_are_put_together_by(configure: Configure, minimum: str, more: str) -> None:
+    rewards = f"rewards=[{{name: 'toys:brightness'{minimum}}}, {{name: 'toys:redness', weight: 3.0}}]"
+    trainer = Trainer(configure(rewards, "reward_weights={kind: gradient, every: 1, rate: 1e4}", more))
+    trainer.iterate(1)
+    assert sum(trainer.rewards.weights.values()) == pytest.approx(4)
+    assert trainer.rewards.weights["toys:redness"] != 3.0
+
+
 @pytest.mark.parametrize("kind", ["hypervolume", "gradient"])
 def test_weights_survive_a_resume(configure: Configure, kind: str, one_thread: None) -> None:
     more = ", every: 2, rate: 1e4" if kind == "gradient" else ""
@@ -188,6 +200,10 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             ["rewards=[{name: ink, required: false}]"],
             "rewards: none that has a weight is required, so a sample might have no reward at all; make one of them required",
         ),
+        (
+            ["method=refl", "rewards=[{name: ink, minimum: 0.1}]"],
+            "rewards: ink has a minimum, and objective refl follows gradients of rewards, which know no constraint; leave it out",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense(configure: Configure, overrides: list[str], line: str) -> None:
@@ -218,6 +234,24 @@ def test_training_and_evaluation_share_what_is_the_same(configure: Configure) ->
     assert Picky.loads == 2  # the second evaluation reward has other arguments
     assert trainer.evaluator.rewards.names == ("again", "other")
     assert trainer.evaluator.rewards.entry_of("again").reward is trainer.rewards.entry_of("picky").reward
+
+
+def test_a_shared_reward_waits_where_training_says(configure: Configure) -> None:
+    rewards = f"rewards=[{{{PICKY}}}, {{{PICKY.replace('label: picky', 'label: light')}, args: {{every: 1}}, offload: true}}]"
+    others = f"evaluation.rewards=[{{{PICKY}, offload: true}}, {{{PICKY.replace('label: picky', 'label: light')}, args: {{every: 1}}}}]"
+    trainer = Trainer(configure(rewards, others, "training.max_invalid_share=0.5"))
+    assert [trainer.evaluator.rewards.entry_of(name).offload for name in ("picky", "light")] == [False, True]
+
+
+def test_stored_pairs_and_constraints(configure: Configure) -> None:
+    """A minimum of a reward that nobody scores is a warning, and no crash."""
+    config = configure("method=flow_dpo", "data.pairs=pairs.jsonl", "rollout.group_size=2", "old_policy=null", "rewards=[{name: ink, minimum: 0.1}]")
+    assert "rewards: the minimum of ink has no effect with stored pairs" in list(settings_without_effect(config))
+    scores = {"total": Scores(torch.tensor([1.0, 0.0]), torch.ones(2, dtype=torch.bool))}
+    rollout = leaves_only(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    found = Assigner(config).samples(rollout, scores, scores, prompts=(torch.zeros(2), torch.zeros(2)))
+    assert found.pairs is not None
+    assert found.pairs.tolist() == [[0, 1]]
 
 
 def test_evaluation_keeps_the_pictures_of_a_prompt_together_for_rewards_that_compare(configure: Configure) -> None:

@@ -5,35 +5,56 @@ Letters: B sequences, S decisions, E edges.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from flowrl.core.gates import bgpo, cispo, gmpo, kimi, mdpo, sapo, unmasked, vespo
 from flowrl.types import Decisions, Objective
 
 __all__ = ["OBJECTIVES", "clipped_surrogate", "dynamic_clip_bounds", "nft", "reinforce"]
 
 
-def clipped_surrogate(decisions: Decisions, *, clip_low: float | Tensor, clip_high: float | Tensor) -> Objective:
+def clipped_surrogate(
+    decisions: Decisions,
+    *,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    centre: float | Tensor = 1.0,
+    dual_clip: float | None = None,
+    ratio_max: float | None = None,
+) -> Objective:
     """PPO's clipped surrogate with separate bounds: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(log_prob - old_log_prob).
 
     At r = 1 its gradient is REINFORCE's, -A grad log_prob. A masked decision has loss 0 and no gradient.
+
+    With ``dual_clip`` c, the loss of a decision with A < 0 is at most -A c. With ``ratio_max``, r is cut there before the maximum (not inside the clip).
 
     Args:
         decisions: see `Decisions`.
         clip_low, clip_high: > 0; on SDE steps with mean log-probabilities 1e-5 .. 1e-3, on tokens about 0.2. A tensor that broadcasts to [B, S] gives
             each decision its own bound, see `dynamic_clip_bounds`.
+        centre: replaces the 1 in both bounds; broadcasts to [B, S]. ReMix: `ratio_levels.clip_centre`.
+        dual_clip: > 1, usually 3, 10 in BNPO; None = none. ratio_max: > 0, 4 in INTELLECT-2, TRL's ``delta``; None = none.
     Returns:
-        loss [B, S] and metrics, each [B, S]: ``ratio``, ``clipped_low``, ``clipped_high`` (1.0 where the bound stops the gradient), ``log_ratio``.
+        loss [B, S] and metrics, each [B, S]: ``ratio``, ``clipped_low``, ``clipped_high`` (1.0 where a bound stops the gradient), ``log_ratio``.
     Source:
-        PPO, arXiv:1707.06347 eq. 7; separate bounds: DAPO, arXiv:2503.14476 eq. 10; on SDE steps: Flow-GRPO, arXiv:2505.05470.
+        PPO, arXiv:1707.06347 eq. 7; separate bounds: DAPO, arXiv:2503.14476 eq. 10; on SDE steps: Flow-GRPO, arXiv:2505.05470. dual_clip: arXiv:1912.09729,
+        verified in verl; ratio_max: verified in TRL; centre: ReMix, arXiv:2507.06892, from a note on the paper.
     """
-    log_ratio, advantages = _unmasked(decisions)
+    log_ratio, advantages = unmasked(decisions)
     with torch.no_grad():
         ratio = log_ratio.exp()
-        lower, upper = (1 - _double(clip_low)).to(ratio), (1 + _double(clip_high)).to(ratio)
-        low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
+        lower, upper = (_double(centre) - _double(clip_low)).to(ratio), (_double(centre) + _double(clip_high)).to(ratio)
+        if dual_clip is not None or ratio_max is not None:  # the bound above depends on the sign; without them only A > 0 has one
+            most = torch.full_like(ratio, math.inf if ratio_max is None else ratio_max)
+            below_zero = most.maximum(upper) if dual_clip is None else most.maximum(upper).clamp_max(dual_clip)
+            upper = torch.where(advantages < 0, below_zero, most.minimum(upper))
+            low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages != 0)
+        else:
+            low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
         free = ~(low | high) & (advantages != 0)
     # the maximum of the docstring, written so that a stopped decision never touches exp: a ratio that overflows there would turn gradient 0 into NaN
     moving = torch.where(free, log_ratio, torch.zeros_like(log_ratio)).exp()
@@ -55,13 +76,24 @@ def reinforce(decisions: Decisions, *, clip_low: float | Tensor, clip_high: floa
     Source:
         DDPO-SF, arXiv:2305.13301 (score-function variant).
     """
-    log_ratio, advantages = _unmasked(decisions)
+    log_ratio, advantages = unmasked(decisions)
     detached = log_ratio.detach()
     never = torch.zeros_like(detached)
     return Objective(-advantages * log_ratio, {"ratio": detached.exp(), "log_ratio": detached, "clipped_low": never, "clipped_high": never.clone()})
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"clipped_surrogate": clipped_surrogate, "reinforce": reinforce}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "clipped_surrogate": clipped_surrogate,
+    "reinforce": reinforce,
+    "sapo": sapo,
+    "cispo": cispo,
+    "gmpo": gmpo,
+    "vespo": vespo,
+    "mdpo": mdpo,
+    "kimi": kimi,
+    "bgpo": bgpo,
+}
+"""Objectives that need nothing but `Decisions`; those that need more are in `gates` and `group_gates`."""
 
 
 def nft(decisions: Decisions, *, beta: float, scale: float = 5.0) -> Objective:
@@ -85,7 +117,7 @@ def nft(decisions: Decisions, *, beta: float, scale: float = 5.0) -> Objective:
     """
     if decisions.negative_log_prob is None:
         raise ValueError("nft needs log-probabilities under the implicit negative policy; Decisions.negative_log_prob is None")
-    log_ratio, r = _unmasked(decisions)
+    log_ratio, r = unmasked(decisions)
     if not bool(((r >= 0) & (r <= 1)).all()):
         raise ValueError("nft takes advantages in [0, 1] as probabilities that a sample is good; use advantage.transform=unit_interval")
     zero = torch.zeros_like(r)
@@ -109,12 +141,6 @@ def dynamic_clip_bounds(position: Tensor, *, clip_low: float, clip_high: float, 
     """
     tilt = sensitivity * (2 * position - 1)
     return clip_low * (1 - tilt).clamp_min(0.1), clip_high * (1 + tilt).clamp_min(0.1)
-
-
-def _unmasked(decisions: Decisions) -> tuple[Tensor, Tensor]:
-    """log_prob - old_log_prob and the advantages, both 0 where masked."""
-    log_ratio = torch.where(decisions.mask, decisions.log_prob - decisions.old_log_prob, torch.zeros_like(decisions.log_prob))
-    return log_ratio, torch.where(decisions.mask, decisions.advantages, torch.zeros_like(decisions.advantages))
 
 
 def _double(bound: float | Tensor) -> Tensor:

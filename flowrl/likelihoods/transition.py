@@ -74,10 +74,11 @@ class TransitionLikelihood:
     Args:
         kernel: name in samplers.kernels.KERNELS.
         reduction: "mean" (nats per latent element, published clip ranges) or "sum" (nats).
+        prediction: of the network, a key of samplers.kernels.PREDICTIONS.
     """
 
-    def __init__(self, kernel: str, reduction: Literal["mean", "sum"] = "mean") -> None:
-        self.kernel = load_kernel(kernel)
+    def __init__(self, kernel: str, reduction: Literal["mean", "sum"] = "mean", prediction: str = "flow") -> None:
+        self.kernel = load_kernel(kernel, prediction)
         self.reduction: Literal["mean", "sum"] = reduction
 
     def transition(self, batch: StepBatch, velocity: Tensor) -> tuple[Tensor, Transition]:

@@ -15,11 +15,12 @@ import copy
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,11 +32,14 @@ from flowrl.memory import halved
 from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
 from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline, resolve_model_path
 from flowrl.policies.prompts import PromptCache
+from flowrl.policies.weights import cast, cast_module, fold_lora, lora_facts, quietly, save_lora_file
+from flowrl.sharding import Company, gathered, shard_network
 from flowrl.types import UserError, Velocity
 from samplers.schedules import sigma_grid
 
 __all__ = ["DiffusionPolicy", "NetworkRows"]
 
+T = TypeVar("T")
 _SMALLER_MODEL = "set model.dtype: bfloat16, model.text_encoders: offload, smaller pictures, or shard the model over several devices"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +50,8 @@ class NetworkRows:
 
     forward: int = 0
     backward: int = 0
+    idle: int = 0
+    """Of both, what was evaluated only to keep other processes company, see `flowrl.sharding.Company`."""
 
 
 class DiffusionPolicy(ABC):
@@ -99,6 +105,7 @@ class DiffusionPolicy(ABC):
             self.network.enable_gradient_checkpointing()
         self._speed_up()
         self.training_module: nn.Module = self.network  # the trainer may wrap it (DDP); the weights are the same
+        self.company: Company | None = None  # where the network is sharded
         self.rows = NetworkRows()
         self.prompts = self._prompt_cache()
         self._reference = self._freed = False
@@ -246,6 +253,8 @@ class DiffusionPolicy(ABC):
     # --- the network ---
 
     def _forward(self, x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
+        if self.company is not None:
+            self.company.turn()
         grad = torch.is_grad_enabled()
         module = self.training_module if grad else self.network
         if self._reference and self.reference_network is not None:
@@ -282,7 +291,12 @@ class DiffusionPolicy(ABC):
                 stop, before = start + self.rows_per_forward, replace(self.rows)
                 try:
                     parts.append(evaluate(x[start:stop], sigma[start:stop], prompt_row[start:stop]))
-                except torch.OutOfMemoryError:
+                except torch.OutOfMemoryError as error:
+                    if self.company is not None:
+                        raise UserError(
+                            f"training.rows_per_forward: {self.rows_per_forward} do not fit into the memory of {self.device}, and the processes of a sharded "
+                            "network cannot step back together; the last checkpoint is kept: go on with a smaller number"
+                        ) from error
                     self.rows.forward = before.forward  # what had been done of this part is done again
                     fitting = min(self.rows_per_forward, len(x) - start)
                     self.rows_per_forward = halved("training.rows_per_forward", fitting, self.device, help=_SMALLER_MODEL)
@@ -301,12 +315,49 @@ class DiffusionPolicy(ABC):
             self.network.disable_adapters()
         self._reference = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.in_step():
                 yield
         finally:
             self._reference = False
             if self.config.adapter == "lora":
                 self.network.enable_adapters()
+
+    # --- several processes ---
+
+    def shard(self, device: torch.device, timeout_minutes: float) -> None:
+        """Share the weights, and the reference's, among all processes; every one must call it, before anything else is done with a policy made on the CPU.
+
+        Args:
+            device: where the policy works from now on.
+            timeout_minutes: how long a process waits for another one.
+        """
+        for network in (self.network, self.reference_network):
+            if network is not None:
+                shard_network(network, device, dtype=self.dtype)
+        self.company = Company(self._keep_company, timeout_minutes)
+        self.device = device
+        self.vae.to(device)
+        self.prompts = self._prompt_cache()
+        self.unconditional_row = int(self.prompt_rows([""])[0])
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Around forwards without gradient, of which the processes may make different numbers; all must enter it."""
+        return nullcontext() if self.company is None else self.company.phase()
+
+    def in_step_through(self, parts: Iterable[T]) -> Iterator[T]:
+        """`in_step` around a loop over this process's share."""
+        with self.in_step():
+            yield from parts
+
+    def gathered(self, *, keep: bool) -> AbstractContextManager[None]:
+        """Within it, the network is whole and on the CPU, for `export`, on processes that ask to keep it; the others cannot use it. All must enter it."""
+        return nullcontext() if self.company is None else gathered(self.network, keep=keep)
+
+    @torch.no_grad()
+    def _keep_company(self) -> None:
+        prompt = torch.tensor([self.unconditional_row])
+        self._forward(torch.zeros(1, *self.latent_shape, device=self.device), torch.full((1,), 0.5, dtype=torch.float64), prompt)
+        self.rows.idle += 1
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that learn, in a fixed order."""
@@ -361,19 +412,37 @@ class DiffusionPolicy(ABC):
             start = stop
         return torch.cat(parts)
 
-    def export(self, folder: Path) -> None:
-        """Write what plain diffusers loads: ``pytorch_lora_weights.safetensors`` (load_lora_weights) or the network's folder (from_pretrained).
+    def export(self, folder: Path, form: Literal["lora", "network", "pipeline"] | None = None, dtype: torch.dtype | None = None) -> None:
+        """Write what plain diffusers loads: pytorch_lora_weights.safetensors (load_lora_weights), the network's folder or a whole pipeline (from_pretrained).
 
+        Args:
+            form: None = the LoRA, or under full fine-tuning the network. A network or a pipeline takes a LoRA into its weights, after which this policy can
+                no longer be trained.
+            dtype: of the networks that are written, and so, but for a LoRA, of this policy's from then on; None = as they are.
         Raises:
             OSError: it cannot be written.
+            UserError: a weight would become infinite in ``dtype``.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        is_lora = self.config.adapter == "lora"
+        form = form or ("lora" if is_lora else "network")
         try:
-            if self.config.adapter == "lora":
-                layers = lora_state_dict(self.network, self._lora_scale)
-                type(self.pipeline).save_lora_weights(folder, **{f"{self.network_name}_lora_layers": layers})
-            else:
-                self.network.save_pretrained(folder / self.network_name)
+            if form == "lora":
+                layers = {name: cast(name, value, dtype) for name, value in lora_state_dict(self.network, self._lora_scale).items()}
+                save = partial(save_lora_file, facts=lora_facts(self.network, self.config.lora.rank), prefix=self.network_name)
+                type(self.pipeline).save_lora_weights(folder, **{f"{self.network_name}_lora_layers": layers}, save_function=save)
+                return
+            if is_lora:
+                fold_lora(self.network)
+            parts = {self.network_name: self.network} if form == "network" else self.pipeline.components
+            for name, part in parts.items():
+                if isinstance(part, nn.Module):
+                    cast_module(part, dtype, name)
+            with quietly():
+                if form == "network":
+                    self.network.save_pretrained(folder / self.network_name)
+                else:
+                    self.pipeline.save_pretrained(folder)
         except SafetensorError as error:  # how safetensors reports a failed write
             number = re.search(r"os error (\d+)", str(error))
             if number is None:

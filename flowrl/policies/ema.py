@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from flowrl.sharding import local, shard_like
 
 __all__ = ["Ema", "OldPolicy"]
 
 
 class _SlowCopy:
-    """average <- decay average + (1 - decay) parameters."""
+    """average <- decay average + (1 - decay) parameters. Of sharded parameters it holds this process's part."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self.average: list[Tensor] = [p.detach().clone() for p in self.parameters]
+        self.average: list[Tensor] = [part.clone() for part in self._parts()]
         self.num_updates = 0
+        self.in_step: Callable[[], AbstractContextManager[None]] = nullcontext
+        """What forwards with the average must lie in, see `DiffusionPolicy.in_step`."""
+
+    def _parts(self) -> list[Tensor]:
+        """What this process holds of the parameters, in their own memory."""
+        return [local(p.detach()) for p in self.parameters]
 
     @torch.no_grad()
     def _move(self, decay: float) -> None:
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(self.average, self._parts(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it, the parameters hold the average."""
-        live = [p.detach().clone() for p in self.parameters]
-        torch._foreach_copy_([p.data for p in self.parameters], self.average)
+        live = [part.clone() for part in self._parts()]
+        torch._foreach_copy_(self._parts(), self.average)
         try:
-            yield
+            with self.in_step():
+                yield
         finally:
-            torch._foreach_copy_([p.data for p in self.parameters], live)
+            torch._foreach_copy_(self._parts(), live)
 
     def state_dict(self) -> dict[str, object]:
-        return {"average": self.average, "num_updates": self.num_updates}
+        average = [shard_like(part, p.detach()) for part, p in zip(self.average, self.parameters, strict=True)]
+        return {"average": average, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         average, count = state["average"], state["num_updates"]
         assert isinstance(average, list) and isinstance(count, int)
-        torch._foreach_copy_(self.average, average)
+        torch._foreach_copy_(self.average, [local(part) for part in average])
         self.num_updates = count
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from flowrl.types import UserError
 
-__all__ = ["ASSETS", "DTYPE_KEYWORD", "load_pipeline", "pipeline_class", "resolve_model_path"]
+__all__ = ["ASSETS", "DTYPE_KEYWORD", "load_pipeline", "pipeline_class", "resolve_model_path", "without_progress_bars"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPE_KEYWORD = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"  # diffusers renamed it in 0.40
@@ -83,14 +83,14 @@ def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, d
                 raise UserError(f"model.path: {path} has no folder {name}, which its model_index.json names; copy the whole pipeline")
         absent: dict[str, Any] = {name: None for name, library in parts.items() if library is None}  # diffusers wants to be told
         absent |= {"requires_safety_checker": False} if "safety_checker" in absent else {}
-        with _without_progress_bars() if local else nullcontext():
+        with without_progress_bars() if local else nullcontext():
             return getattr(diffusers, kind).from_pretrained(where, **{DTYPE_KEYWORD: {"vae": torch.float32, "default": dtype}}, **absent)
     except _UNUSABLE as error:
         raise UserError(f"model.path: {path} could not be loaded as a {title} pipeline: {_first_line(error)}{_advice(error)}") from error
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Within it, diffusers and transformers draw no progress bars; their warnings stay."""
     switches = [logging for logging in (diffusers_logging, transformers_logging) if logging.is_progress_bar_enabled()]
     for switch in switches:
