@@ -26,7 +26,7 @@ from flowrl.types import RewardInfo, SampleBatch, Scores
 from rewards.features import DINO, FAMILIES, MOBILENET, Family, Features, build_features
 from rewards.groups import groups_of
 from rewards.network import check_choice
-from rewards.pictures import pictures_of
+from rewards.pictures import not_finite, pictures_of
 
 __all__ = ["Diversity", "dpp_marginals", "log_determinant", "mean_distances"]
 
@@ -130,7 +130,7 @@ class Diversity:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             features = torch.cat([self.network(part.to(self.device)).cpu() for part in images.split(self.info.batch_size)])
         values, whole = torch.full((2, len(batch)), torch.nan)
-        problems = dict.fromkeys(torch.nonzero(~finite).flatten().tolist(), "the picture has NaN or infinite pixels")
+        problems = not_finite(finite)
         for group in groups_of(batch):
             members = group[finite[group]]
             if len(members) < 2:

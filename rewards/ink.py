@@ -17,12 +17,14 @@ Source: ours. Palette and background are those of rewards/scene_world.py. Letter
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
+from rewards.pictures import not_finite
 from rewards.scene_world import BACKGROUND, COLORS, PALETTE
 
 __all__ = ["InkReward", "score_ink"]
@@ -64,7 +66,7 @@ def _named(text: str) -> tuple[bool, ...]:
 def _colors(prompt: Prompt) -> tuple[bool, ...]:
     named = _named(prompt.text)
     if not any(named):
-        raise UserError(f"reward ink: a prompt names none of the colours {', '.join(COLORS)}; use prompts that do, or another reward")
+        raise UserError(f"reward ink: the prompt '{prompt.text}' names none of the colours {', '.join(COLORS)}; use prompts that do, or another reward")
     return named
 
 
@@ -85,6 +87,11 @@ class InkReward:
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Nothing to load: there are no weights."""
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raises a UserError for the first prompt that names no colour."""
+        for prompt in prompts:
+            _colors(prompt)
+
     def score(self, batch: SampleBatch) -> Scores:
         """Ink of pictures [B, 3, H, W] float in [0, 1], on their device and with their gradient.
 
@@ -103,4 +110,4 @@ class InkReward:
         whole = torch.where(valid[:, None, None, None], images, torch.zeros_like(images))  # no NaN in the gradient of the others either
         values, area = score_ink(whole.float(), wanted)
         nan = torch.full_like(values, float("nan"))
-        return Scores(torch.where(valid, values, nan), valid, {"ink_area": torch.where(valid, area, nan).detach()})
+        return Scores(torch.where(valid, values, nan), valid, {"ink_area": torch.where(valid, area, nan).detach()}, not_finite(valid))

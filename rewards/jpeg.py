@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowrl.types import RewardInfo, SampleBatch, Scores, UserError
+from rewards.pictures import not_finite, pictures_of, to_uint8
 
 __all__ = ["JpegReward", "jpeg_compressibility", "jpeg_incompressibility"]
 
@@ -64,19 +65,13 @@ class JpegReward:
             UserError: the batch has no RGB pictures in floating point.
             ValueError: B = 0.
         """
-        images = batch.images
-        if images is None or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = "none" if images is None else f"{list(images.shape)} {images.dtype}"
-            raise UserError(f"reward {self.info.name}: needs pictures [B, 3, H, W] float in [0, 1], got {got}; choose another reward")
-        if len(images) == 0:
-            raise ValueError(f"reward {self.info.name}: cannot score an empty batch")
-        valid = images.isfinite().flatten(1).all(1).cpu()
-        pixels = (images.float().nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        images, valid = pictures_of(self.info.name, batch)
+        pixels = to_uint8(images).permute(0, 2, 3, 1).cpu()
         num_bytes = torch.tensor([self._num_bytes(picture) for picture in pixels], dtype=torch.float64)
         num_bytes[~valid] = float("nan")
         height, width = images.shape[2:]
         bits_per_pixel = 8 * num_bytes / (height * width)
-        return Scores((self._sign * num_bytes / 1000).float(), valid, {"bits_per_pixel": bits_per_pixel.float()})
+        return Scores((self._sign * num_bytes / 1000).float(), valid, {"bits_per_pixel": bits_per_pixel.float()}, not_finite(valid))
 
     def _num_bytes(self, picture: Tensor) -> int:
         file = io.BytesIO()

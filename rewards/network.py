@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
-from rewards.pictures import pictures_of
+from rewards.pictures import not_finite, pictures_of
 
 __all__ = ["NetworkReward", "check_choice"]
 
@@ -74,6 +74,5 @@ class NetworkReward(ABC):
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             values, raw = self.measure(images.to(self.device), batch.prompts)
         values = values.float().cpu().clone()
-        problems = dict.fromkeys(torch.nonzero(~valid).flatten().tolist(), "the picture has NaN or infinite pixels")
         values[~valid] = torch.nan
-        return Scores(values, valid, {name: torch.where(valid, column.float().cpu(), torch.nan) for name, column in raw.items()}, problems)
+        return Scores(values, valid, {name: torch.where(valid, column.float().cpu(), torch.nan) for name, column in raw.items()}, not_finite(valid))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowrl.types import SampleBatch, UserError
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "pictures_of", "to_pil", "to_uint8"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "not_finite", "pictures_of", "to_pil", "to_uint8"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,6 +40,11 @@ def pictures_of(reward: str, batch: SampleBatch) -> tuple[Tensor, Tensor]:
     valid = images.detach().isfinite().flatten(1).all(1)
     whole = torch.where(valid[:, None, None, None], images, torch.zeros_like(images))
     return whole.float().clamp(0, 1), valid.cpu()
+
+
+def not_finite(valid: Tensor) -> dict[int, str]:
+    """The `Scores.problems` of pictures that are not valid [B] bool because of their pixels."""
+    return dict.fromkeys(torch.nonzero(~valid).flatten().tolist(), "the picture has NaN or infinite pixels")
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Letters: B images, C = 4 colours, S = 3 shapes, N = 6 candidates, K = 3 requeste
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
+from rewards.pictures import not_finite
 from rewards.scene_world import BACKGROUND, COLORS, PALETTE, SHAPES, SIZE, Scene, parse_caption, shape_coverage
 
 __all__ = ["SceneReward", "detect", "score_scenes"]
@@ -207,6 +209,11 @@ class SceneReward:
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Nothing to load: there are no weights."""
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raises a UserError for the first prompt that is outside the grammar."""
+        for prompt in prompts:
+            _scene(prompt)
+
     def score(self, batch: SampleBatch) -> Scores:
         """Scores in [0, 1] for pictures [B, 3, 32, 32] float in [0, 1]; a picture that holds NaN is invalid.
 
@@ -219,4 +226,5 @@ class SceneReward:
         graded, strict = score_scenes(batch.images.float(), [_scene(p) for p in batch.prompts])
         valid = torch.isfinite(graded)
         strict = torch.where(valid, strict, torch.nan)
-        return Scores(graded, valid, {"strict": strict}) if self.form == "graded" else Scores(strict, valid)
+        values, raw = (graded, {"strict": strict}) if self.form == "graded" else (strict, {})
+        return Scores(values, valid, raw, not_finite(valid))

@@ -34,7 +34,7 @@ from flowrl.types import Prompt, Reward, RewardInfo, SampleBatch, Scores, UserEr
 from rewards.composite import WeightedRewards
 from rewards.groups import groups_of
 from rewards.network import check_choice
-from rewards.pictures import pictures_of
+from rewards.pictures import not_finite, pictures_of
 from rewards.registry import load_reward
 
 __all__ = ["Preference", "WinRate", "bradley_terry", "schedule"]
@@ -240,7 +240,7 @@ class WinRate:
         """Samples that can be compared [B] bool, why each other cannot, and the scores [B] of the judging reward, if one judges."""
         if self._scored is None:
             finite = pictures_of("win_rate", batch)[1]
-            return finite, dict.fromkeys(torch.nonzero(~finite).flatten().tolist(), "the picture has NaN or infinite pixels"), None
+            return finite, not_finite(finite), None
         assert self.name is not None, "scores come from a reward"
         scores = self._scored.score(batch)[self.name]
         return scores.valid, {index: f"{self.name}: {reason}" for index, reason in scores.problems.items()}, scores.values

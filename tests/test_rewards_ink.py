@@ -196,6 +196,7 @@ def test_scores_carry_the_gradient_of_the_pictures_also_beside_a_broken_one() ->
     images.requires_grad_()
     scores = InkReward().score(batch_of(images))
     assert scores.valid.tolist() == [True, False, True]
+    assert scores.problems == {1: "the picture has NaN or infinite pixels"}
     assert scores.values.isnan().tolist() == scores.raw["ink_area"].isnan().tolist() == [False, True, False]
     assert not scores.raw["ink_area"].requires_grad
     (slope,) = torch.autograd.grad(scores.values[scores.valid].sum(), images)
@@ -239,5 +240,8 @@ def test_anything_but_rgb_pictures_in_floating_point_is_refused(images: Tensor |
 
 
 def test_a_prompt_without_a_colour_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^reward ink: a prompt names none of the colours red, green, blue, yellow; use prompts that do, or another reward$"):
+    line = r"^reward ink: the prompt 'a hundred squares' names none of the colours red, green, blue, yellow; use prompts that do, or another reward$"
+    with pytest.raises(UserError, match=line):
         InkReward().score(batch_of(torch.zeros(1, 3, 8, 8), "a hundred squares"))
+    with pytest.raises(UserError, match=line):
+        InkReward().check_prompts([Prompt("a red circle"), Prompt("a hundred squares")])

@@ -90,6 +90,7 @@ def test_a_picture_with_a_pixel_that_is_no_number_is_invalid_and_the_others_are_
     assert scores.valid.tolist() == [True, False, True]
     assert scores.values.isnan().tolist() == [False, True, False]
     assert scores.raw["bits_per_pixel"].isnan().tolist() == [False, True, False]
+    assert scores.problems == {1: "the picture has NaN or infinite pixels"}
     assert torch.equal(scores.values[[0, 2]], clean[[0, 2]])
 
 

@@ -335,6 +335,7 @@ def test_a_picture_with_nan_is_invalid_and_spoils_no_other(form):
     images[1, 0, 5, 5] = float("nan")
     scores = SceneReward(form).score(batch_of(scenes, images))
     assert scores.valid.tolist() == [True, False, True, True]
+    assert scores.problems == {1: "the picture has NaN or infinite pixels"}
     assert scores.values[1].isnan()
     torch.testing.assert_close(scores.values[scores.valid], clean[scores.valid], **FP32)
 
@@ -415,6 +416,12 @@ def test_shapes_cover_about_the_same_area_and_the_circle_exactly_its_own():
     area = [shape_coverage(dx, dy, k).sum().item() for k in range(3)]
     assert area[0] == pytest.approx(torch.pi * 5.2**2, rel=0.01)
     assert max(area) / min(area) < 1.25
+
+
+def test_a_caption_outside_the_grammar_is_found_before_the_run():
+    SceneReward().check_prompts([Prompt("a red circle")])
+    with pytest.raises(UserError, match="a photo of a dog"):
+        SceneReward().check_prompts([Prompt("a red circle"), Prompt("a photo of a dog")])
 
 
 def test_a_rendered_object_has_its_colour_inside_and_the_background_outside():
