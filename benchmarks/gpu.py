@@ -313,6 +313,17 @@ def flops_of_row(config: Config, loader: Loader) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def resident_bytes(trainer: Trainer) -> int:
+    """Bytes of all that stays from iteration to iteration, by the tensors themselves; what this script keeps beside them is not counted."""
+    policy = trainer.policy
+    networks = [policy.network, policy.vae, *policy.text_encoders, *([policy.reference_network] if policy.reference_network is not None else [])]
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    tensors += [t for copy in (trainer.ema, trainer.old_policy) if copy is not None for t in copy.average]
+    tensors += policy.prompts.take(torch.arange(len(policy.prompts))).values()
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 class Bench:
     """One case: its rollout and training phase, and the bare network on the same rows."""
 
@@ -366,16 +377,6 @@ class Bench:
             prompts = policy.prompts.take(self.prompt_rows[rollout.row_group[rows]])
             self._bare(rollout.row_x[rows.to(rollout.row_x.device)], rollout.row_sigma[rows], prompts).float().mean().backward()
         self.trainer.optimizer.zero_grad()
-
-    def resident(self) -> int:
-        """Bytes of all that stays from iteration to iteration, by the tensors themselves; what this script keeps beside them is not counted."""
-        policy, trainer = self.policy, self.trainer
-        networks = [policy.network, policy.vae, *policy.text_encoders, *([policy.reference_network] if policy.reference_network is not None else [])]
-        tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-        tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        tensors += [t for copy in (trainer.ema, trainer.old_policy) if copy is not None for t in copy.average]
-        tensors += policy.prompts.take(torch.arange(len(policy.prompts))).values()
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def whole(self) -> None:
         """What a run does in an iteration, but for rewards."""
@@ -433,7 +434,7 @@ def run_case(case: Case, architecture: Architecture, device: torch.device, peak:
             bench = Bench(config)
     ratio = math.expm1(bench.train()["ratio/max_abs_log_first"])
     bench.whole(), bench.bare_forward(), bench.bare_forward_backward()
-    measured = bench.resident() + allocator_peak(bench.whole, device)
+    measured = resident_bytes(bench.trainer) + allocator_peak(bench.whole, device)
     pairs = {"rollout": (bench.sample, bench.bare_forward), "training": (bench.train, bench.bare_forward_backward)}
     times = {name: [(timed(ours, device), timed(bare, device)) for _ in range(rounds)] for name, (ours, bare) in pairs.items()}
     overhead = {name: statistics.median(a / b for a, b in both_times) for name, both_times in times.items()}
@@ -455,8 +456,7 @@ def run_case(case: Case, architecture: Architecture, device: torch.device, peak:
 
 
 HEAD = (
-    "| case | dtype | images/s | s per training row | rollout / bare | training / bare "
-    "| rollout FLOPs | training FLOPs | peak | predicted | ratio - 1 | rows |"
+    "| case | dtype | images/s | s per training row | rollout / bare | training / bare | rollout FLOPs | training FLOPs | peak | predicted | ratio - 1 | rows |"
 )
 
 

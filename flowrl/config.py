@@ -82,8 +82,12 @@ class ModelConfig(_Section):
     lora: LoraConfig = LoraConfig()
     height: PositiveInt | None = Field(None, description="pixels; null = the model's own size")
     width: PositiveInt | None = None
-    max_sequence_length: NonNegativeInt | None = Field(None, description="tokens of a prompt (T5, Qwen3); null = the family's, see docs/models.md; 0 for the embedded model")
-    guidance: NonNegativeFloat | None = Field(None, description="of guidance-distilled networks (FLUX.1-dev), which take it as an input; null = 3.5; refused where there is no such input")
+    max_sequence_length: NonNegativeInt | None = Field(
+        None, description="tokens of a prompt (T5, Qwen3); null = the family's, see docs/models.md; 0 for the embedded model"
+    )
+    guidance: NonNegativeFloat | None = Field(
+        None, description="of guidance-distilled networks (FLUX.1-dev), which take it as an input; null = 3.5; refused where there is none"
+    )
     gradient_checkpointing: Flag = False
     text_encoders: Literal["keep", "offload", "free"] = Field(
         "keep", description="after a prompt is encoded: stay on the device, wait in host memory, or, once all prompts of the run are encoded, be dropped"
@@ -94,6 +98,7 @@ class ModelConfig(_Section):
     compile: Literal["off", "blocks", "whole"] = Field(
         "off", description="torch.compile of the one network that samples and trains: its repeated blocks (fast to compile), or the whole"
     )
+    tf32: Flag = Field(False, description="float32 matrix products of the process in TF32, on GPUs that have it; nothing changes for bfloat16")
     vae_slicing: Flag = Field(False, description="decode one picture at a time")
     vae_tiling: Flag = Field(False, description="decode large pictures in tiles, which blends their seams")
     vae_channels_last: Flag = False

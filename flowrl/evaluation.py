@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from samplers.rollout import sample_ode
 
 __all__ = ["Evaluation", "Evaluator", "build_rewards", "evaluate_run", "grid_of", "save_grid", "sigmas_of"]
 
+_LOGGER = logging.getLogger(__name__)
 _PAD = 2
 
 
@@ -81,16 +84,17 @@ class Evaluation:
 
     Attributes:
         prompts: length n. scores: reward -> [n] float32, NaN where invalid. images: the first few, [k, 3, H, W] in [0, 1].
-        problems: reward -> image number -> why it has no score.
+        problems: reward -> image number -> why it has no score. optional: rewards that need not score any.
     """
 
     prompts: Sequence[Prompt]
     scores: Mapping[str, Tensor]
     images: Tensor
     problems: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     def summary(self, num_prompts: int) -> dict[str, tuple[float, float, int]]:
-        """Reward -> (mean, half width of the 95 % interval clustered by prompt, number of valid images).
+        """Reward -> (mean, half width of the 95 % interval clustered by prompt, number of valid images); an optional one that scored none is left out.
 
         Raises:
             UserError: a reward could score none; the message says why of the first.
@@ -99,6 +103,9 @@ class Evaluation:
         for name, values in self.scores.items():
             valid = torch.isfinite(values)
             clusters = (torch.arange(len(values)) % num_prompts)[valid]
+            if not len(clusters) and name in self.optional:
+                _LOGGER.warning("reward %s, which is not required, could score no image of the evaluation", name)
+                continue
             if not len(clusters):
                 problem = self.problems.get(name, {}).get(0, "it gave no reason")
                 raise UserError(f"reward {name} could not score any image of the evaluation; the first, of the prompt '{self.prompts[0].text}': {problem}")
@@ -145,7 +152,8 @@ class Evaluator:
         reasons = {name: {row[0]: row[2][name] for row in found if name in row[2]} for name in scores_by_name}
         pictures = [row[3] for row in found if row[3] is not None]
         self.rewards.rest()
-        return Evaluation(prompts, scores_by_name, torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1), reasons)
+        images = torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1)
+        return Evaluation(prompts, scores_by_name, images, reasons, self.rewards.optional)
 
     def _chunks(self, num_images: int, num_prompts: int) -> Iterator[list[int]]:
         """This process's images, as many at a time as fit. Where a reward compares samples, all images of a prompt are together, whatever the sizes."""
@@ -196,12 +204,17 @@ def save_grid(folder: Path, split: str, evaluation: Evaluation) -> None:
     replace_file(folder / f"{split}.png", png.getvalue())
     facts = {
         "prompts": [p.text for p in evaluation.prompts[:count]],
-        "scores": {name: [round(float(v), 6) for v in values[:count]] for name, values in evaluation.scores.items()},
+        "scores": {name: [_rounded(v) for v in values[:count].tolist()] for name, values in evaluation.scores.items()},
         "columns": columns,
         "tile": evaluation.images.shape[-1],
         "pad": _PAD,
     }
     replace_file(folder / f"{split}.json", (json.dumps(facts) + "\n").encode())
+
+
+def _rounded(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def evaluate_run(

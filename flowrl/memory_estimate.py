@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -202,19 +203,19 @@ class _Account:
         phases: dict[str, int] = {}
         rows: dict[str, int] = {}
 
-        def note(name: str, count: int, there: int, work: Callable[[], int]) -> None:
-            rows[name], phases[name] = count, there + work()
+        def note(name: str, count: int, there: int, temporary: int) -> None:
+            rows[name], phases[name] = count, there + temporary
 
-        note("prompts", at_once, base + encoders + (prompts if prompts else 0), lambda: self._encoding(at_once))
+        note("prompts", at_once, base + encoders + prompts, self._encoding(at_once))
         if sampled:
-            note("rollout", rollout_rows, base + stay + latents + copy, lambda: self._forward(rollout_rows, config.rollout.guidance_scale))
-            note("decoding", rollout_rows, base + stay + latents + copy, lambda: self._decoding(rollout_rows))
+            note("rollout", rollout_rows, base + stay + latents + copy, self._forward(rollout_rows, config.rollout.guidance_scale))
+            note("decoding", rollout_rows, base + stay + latents + copy, self._decoding(rollout_rows))
         held = _bytes(trainable) if batches > 1 else 0  # gradients of the micro-batches before
-        note("training", train_rows, base + stay + latents + held, lambda: self._training(train_rows, held > 0))
-        note("update", 0, base + stay + latents + weights, lambda: self._update(trainable))
+        note("training", train_rows, base + stay + latents + held, self._training(train_rows, held > 0))
+        note("update", 0, base + stay + latents + weights, self._update(trainable))
         copy = weights if config.ema is not None else 0
-        note("evaluation", evaluation_rows, base + stay + copy, lambda: self._forward(evaluation_rows, e.guidance_scale))
-        note("evaluation, decoding", evaluation_rows, base + stay + copy, lambda: self._decoding(evaluation_rows))
+        note("evaluation", evaluation_rows, base + stay + copy, self._forward(evaluation_rows, e.guidance_scale))
+        note("evaluation, decoding", evaluation_rows, base + stay + copy, self._decoding(evaluation_rows))
         return MemoryEstimate(
             device=self.kind,
             network=network,
@@ -248,6 +249,7 @@ class _Account:
     def _encoding(self, count: int) -> int:
         return self.live.peak_of(lambda: self.policy._embed([""] * count))
 
+    @cache  # noqa: B019
     def _forward(self, rows: int, guidance_scale: float) -> int:
         def work() -> object:
             with torch.no_grad():
@@ -255,6 +257,7 @@ class _Account:
 
         return self.live.peak_of(work)
 
+    @cache  # noqa: B019
     def _decoding(self, pictures: int) -> int:
         latents = torch.randn(pictures, *self.policy.latent_shape)
         return self.live.peak_of(lambda: self.policy.decode(latents))
@@ -305,7 +308,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that were made within it and are still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
@@ -383,7 +386,7 @@ def memory_lines(expected: MemoryEstimate) -> tuple[list[tuple[str, ...]], list[
         "embeddings of prompts": expected.prompts,
         "latents of an iteration": expected.latents,
     }
-    rows = [(name, _gib(size), "") for name, size in kept.items() if size]
+    rows: list[tuple[str, ...]] = [(name, _gib(size), "") for name, size in kept.items() if size]
     rows += [(f"peak: {name}", _gib(size), f"{expected.rows[name]:,}" if expected.rows[name] else "") for name, size in expected.phases.items()]
     worst = max(expected.phases, key=lambda name: expected.phases[name])
     notes = [
@@ -394,4 +397,4 @@ def memory_lines(expected: MemoryEstimate) -> tuple[list[tuple[str, ...]], list[
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f}" if size >= 2**27 else f"{size / 2**30:.4f}"
+    return f"{size / 2**30:,.2f}" if size >= 2**27 else f"{size / 2**30:.2g}"

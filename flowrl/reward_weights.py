@@ -41,11 +41,11 @@ class RewardWeights:
         return tuple(name for name, weight in self.weights.items() if weight)
 
     def evaluated(self, split: str, means: Mapping[str, float]) -> None:
-        """Take in an evaluation: reward -> mean. Without a configured reference the first one is the reference.
+        """Take in an evaluation: reward -> mean; one that lacks a reward says nothing. Without a configured reference the first one is the reference.
 
         Higher is better for every reward; one with a negative weight is to be low, so its sign is changed.
         """
-        if self.config.kind != "hypervolume" or split != self.split:
+        if self.config.kind != "hypervolume" or split != self.split or not all(name in means for name in self.names):
             return
         if self._reference is None:
             self._reference = {name: means[name] for name in self.names}

@@ -62,6 +62,8 @@ from samplers.rollout import execute
 __all__ = ["Trainer", "join_scores"]
 
 _LOGGER = logging.getLogger(__name__)
+_WAITING = 4
+"""Batches of pictures that wait for their scores while sampling goes on."""
 
 
 class Trainer:
@@ -348,6 +350,8 @@ class Trainer:
                 shown = [prompts[start + g] for g in part.leaf_group.tolist()]
                 batch = SampleBatch(shown, images=self.policy.decode(part.leaves), group=part.leaf_group + start)
                 pending.append(self.rewards.submit(batch))
+                if len(pending) > _WAITING:  # pictures of more batches would pile up in memory
+                    pending[-1 - _WAITING].result()
         return concatenate(parts), pending
 
     def _gather(self, iteration: int, rollout: Rollout, scores: dict[str, Scores], prompts: Sequence[Prompt], numbers: Sequence[int]) -> SavedRollout:
@@ -440,6 +444,9 @@ class Trainer:
         assigner = Assigner(self.config.model_copy(update={"rewards": self.config.rewards[:1]}), self._sum)
         for name in self.reward_weights.names:
             here, there = ({"total": Scores(part[name].values, part[name].valid & part["total"].valid)} for part in (scores, everywhere))
+            if not bool(there["total"].valid.any()):  # an optional reward that had nothing to score
+                found.append(torch.cat([torch.zeros_like(p).flatten() for p in self.parameters]))
+                continue
             nobody = torch.zeros(0, dtype=torch.int64)
             if trains_steps(self.config):
                 one: Assignment | Samples = assigner(plan, rollout, here, there, prompts=(nobody, nobody), numbers=numbers, iteration=iteration)

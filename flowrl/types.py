@@ -6,7 +6,7 @@ Letters: B samples (leaves), G group size, P groups, N tree nodes, E edges, S de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -213,6 +213,14 @@ class Pairs:
         reference_chosen, reference_rejected: [B, S] float32 under the reference, constants; None where there is no reference.
         mask: [B, S] bool, True where the preference counts.
         chosen_length, rejected_length: [B, S] float32, tokens that a summed log-probability runs over; None = 1, as for log-probabilities per element.
+
+    What only some losses read, each [B, S] float32 (core/pair_losses.py, `PAIR_NEEDS`):
+        previous_chosen, previous_rejected: log-probabilities under the policy that the iteration started from, constants.
+        chosen_reward, rejected_reward: rewards, or win rates in [0, 1]; constants.
+        preference: the chance that the chosen one is the better, in [0, 1]; a constant. 1/2 is a tie.
+        calibration: mean of log_prob - reference over calibration samples of the prompt; carries the gradient.
+        revising_chosen, revising_rejected: the policy asked to improve the chosen (the rejected) sample: log_prob - reference of the chosen one minus that of
+            the rejected one; carry the gradient.
     """
 
     chosen: Tensor
@@ -222,9 +230,17 @@ class Pairs:
     mask: Tensor
     chosen_length: Tensor | None = None
     rejected_length: Tensor | None = None
+    previous_chosen: Tensor | None = None
+    previous_rejected: Tensor | None = None
+    chosen_reward: Tensor | None = None
+    rejected_reward: Tensor | None = None
+    preference: Tensor | None = None
+    calibration: Tensor | None = None
+    revising_chosen: Tensor | None = None
+    revising_rejected: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _same_shape(self, self.chosen, ("rejected", "reference_chosen", "reference_rejected", "mask", "chosen_length", "rejected_length"))
+        _same_shape(self, self.chosen, tuple(column.name for column in fields(self)))
 
 
 def _same_shape(owner: object, like: Tensor, names: Sequence[str]) -> None:

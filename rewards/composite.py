@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,8 @@ __all__ = ["ConstantRewardMonitor", "Entry", "Pending", "WeightedRewards", "join
 
 _LOGGER = logging.getLogger(__name__)
 _TOTAL = "total"
+_TAKEN = ("mean", "std", "invalid", "satisfied", "weight")
+"""What the trainer logs of every reward beside its raw columns."""
 _NETWORK_THREADS = 16
 """Batches of network rewards under way at a time; each reward bounds its own requests."""
 
@@ -49,18 +50,21 @@ class Entry(NamedTuple):
     required: bool = True
 
 
-@dataclass(frozen=True, slots=True)
 class Pending:
-    """Scores under way, see `WeightedRewards.submit`."""
+    """Scores under way, see `WeightedRewards.submit`. Once they are there, the pictures are let go."""
 
-    owner: WeightedRewards
-    batch: SampleBatch
-    parts: Sequence[Future[dict[str, Scores]]]
+    def __init__(self, owner: WeightedRewards, batch: SampleBatch, parts: Sequence[Future[dict[str, Scores]]]) -> None:
+        self._owner, self._parts = owner, list(parts)
+        self._batch = SampleBatch(batch.prompts, group=batch.group)
+        self._result: dict[str, Scores] | None = None
 
     def result(self) -> dict[str, Scores]:
         """Wait for them. Raises what `WeightedRewards.score` raises."""
-        found = {name: scores for part in self.parts for name, scores in part.result().items()}
-        return self.owner.with_total({name: found[name] for name in self.owner.names}, self.batch)
+        if self._result is None:
+            found = {name: scores for part in self._parts for name, scores in part.result().items()}
+            self._result = self._owner.with_total({name: found[name] for name in self._owner.names}, self._batch)
+            self._parts = []
+        return self._result
 
 
 class WeightedRewards:
@@ -110,6 +114,11 @@ class WeightedRewards:
     @weights.setter
     def weights(self, weights: Mapping[str, float]) -> None:
         self._weights = {name: float(weights[name]) for name in self.names}
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Rewards that are not required."""
+        return frozenset(entry.name for entry in self._entries if not entry.required)
 
     @property
     def compares(self) -> bool:
@@ -417,6 +426,8 @@ def _checked(name: str, scores: object, batch: SampleBatch) -> Scores:
     if not isinstance(scores, Scores) or not isinstance(scores.raw, Mapping):
         kind = f"raw as {type(scores.raw).__name__}" if isinstance(scores, Scores) else type(scores).__name__
         raise UserError(f"reward {name} returned {kind} {where}; return flowrl.types.Scores with a dict of raw columns")
+    if taken := [key for key in scores.raw if key in _TAKEN]:
+        raise UserError(f"reward {name} returned a raw column called {taken[0]}, which is the name of a metric of its own; call it something else")
     for column, value in [("values", scores.values), ("valid", scores.valid), *((f"raw {key!r}", raw) for key, raw in scores.raw.items())]:
         if not isinstance(value, Tensor):
             raise UserError(f"reward {name} returned {column} as {type(value).__name__} {where}; return a tensor [{size}]")

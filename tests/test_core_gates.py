@@ -416,6 +416,7 @@ def test_nft_is_finite_for_ratios_far_away():
     log_prob = torch.tensor([[300.0, -300.0], [300.0, -300.0]], requires_grad=True)
     loss = token_nft(batch(log_prob, torch.zeros(2, 2), torch.tensor([[1.0, 1.0], [0.0, 0.0]])), success_rate=torch.tensor([0.5, 0.5])).loss
     assert loss.isfinite().all()
+    assert loss[0].tolist() == [-10.0, 60.0]  # cut at 10 above, as released, and at -60
     assert gradient(loss, log_prob).isfinite().all()
 
 

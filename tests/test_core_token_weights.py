@@ -29,22 +29,27 @@ def draw(seed, shape=(6, 7)):
 # --- TW-GRPO ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_divergence_of_two_sequences_by_hand():
-    # position 0: (1/2, 1/2) and (1/4, 3/4); position 1: the second sequence is over and counts as (1/2, 1/2)
-    q = torch.tensor([[[0.5, 0.5], [0.1, 0.9]], [[0.25, 0.75], [0.3, 0.7]]], dtype=torch.float64).log()
-    mask = torch.tensor([[True, True], [True, False]])
-    ours = position_divergence(q, mask, torch.zeros(2, dtype=torch.int64), 1)
+def test_the_divergence_of_three_sequences_by_hand():
+    # of two sequences the distances to the mean are equal and opposite, of three they are not; at position 1 the second one is over and counts as (1/2, 1/2)
+    p = torch.tensor([[[0.5, 0.5], [0.1, 0.9]], [[0.25, 0.75], [0.3, 0.7]], [[0.9, 0.1], [0.2, 0.8]]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    ours = position_divergence(p.log(), mask, torch.zeros(3, dtype=torch.int64), 1)
 
-    def by_hand(one, other):
+    def by_hand(*probabilities):
         total = 0.0
-        for a, b in zip(one, other, strict=True):
-            mean = (math.log(a) + math.log(b)) / 2
-            for x in (a, b):
-                d = mean - math.log(x)
-                total += (math.exp(d) - d - 1) / 2
+        for column in zip(*probabilities, strict=True):
+            mean = sum(math.log(x) for x in column) / 3
+            total += sum(math.exp(mean) / x - (mean - math.log(x)) - 1 for x in column) / 3
         return total
 
-    assert ours.tolist() == [pytest.approx([by_hand((0.5, 0.5), (0.25, 0.75)), by_hand((0.1, 0.9), (0.5, 0.5))])]
+    assert ours.tolist() == [pytest.approx([by_hand((0.5, 0.5), (0.25, 0.75), (0.9, 0.1)), by_hand((0.1, 0.9), (0.5, 0.5), (0.2, 0.8))])]
+
+
+def test_distances_beyond_11_nats_are_cut():
+    # log-probabilities 0 and -60: the mean is -30, both are 30 away, cut to 11
+    q = torch.tensor([[[0.0]], [[-60.0]]], dtype=torch.float64)
+    ours = position_divergence(q, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), 1)
+    assert ours.item() == pytest.approx((math.exp(11) - 11 - 1 + math.exp(-11) + 11 - 1) / 2)
 
 
 def test_the_divergence_is_of_each_group_alone_whatever_is_masked():

@@ -101,6 +101,15 @@ class Refusing:
         return Scores(torch.full((size,), math.nan), torch.zeros(size, dtype=torch.bool), problems=reasons)
 
 
+def test_an_optional_reward_that_scored_nothing_is_left_out_and_its_grid_has_no_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores = {"r": torch.tensor([0.5, 0.5]), "some": torch.full((2,), math.nan)}
+    evaluation = Evaluation(as_prompts(PROMPTS[:2]), scores, torch.rand(2, 3, 4, 4), optional=frozenset({"some"}))
+    assert list(evaluation.summary(2)) == ["r"]
+    assert "reward some, which is not required, could score no image of the evaluation" in caplog.text
+    save_grid(tmp_path, "eval", evaluation)
+    assert json.loads((tmp_path / "eval.json").read_text())["scores"] == {"r": [0.5, 0.5], "some": [None, None]}
+
+
 def test_a_grid_has_every_picture_at_its_place() -> None:
     images = torch.stack([torch.full((3, 4, 6), i / 10) for i in range(5)])
     pixels = np.asarray(grid_of(images, 2))

@@ -130,6 +130,12 @@ def test_what_cannot_be_halved_says_what_would_help(limit: int, scope: str) -> N
         loaded(Entry("wide", 1.0, Planted(short_of_memory(limit), scope=scope))).score(batch_of(1, 2, 3))
 
 
+def test_a_raw_column_cannot_take_the_name_of_a_metric() -> None:
+    reward = Planted(lambda batch: Scores(torch.ones(1), torch.ones(1, dtype=torch.bool), {"std": torch.ones(1)}))
+    with pytest.raises(UserError, match="reward r returned a raw column called std, which is the name of a metric of its own"):
+        loaded(Entry("r", 1.0, reward)).score(batch_of(1))
+
+
 # --- what could not be scored
 
 

@@ -154,6 +154,39 @@ def test_gradients_are_measured_of_each_reward_whatever_they_are_put_together_by
     assert trainer.rewards.weights["toys:redness"] != 3.0
 
 
+def test_an_optional_reward_without_a_score_has_no_gradient(configure: Configure) -> None:
+    rewards = f"rewards=[{{name: 'toys:brightness'}}, {{{PICKY}, required: false, args: {{every: 1000}}}}]"
+    trainer = Trainer(configure(rewards, "reward_weights={kind: gradient, every: 1}"))
+    drill = begin(trainer)
+    scores = trainer.roll_out(drill.plan, drill.prompts, drill.numbers, 1)[1][0].result()
+    nothing = torch.zeros(12, dtype=torch.bool)
+    scores["picky"] = Scores(torch.full((12,), math.nan), nothing)
+    found = trainer._reward_gradients(drill.plan, drill.rollout, scores, drill.prompts, drill.numbers, 1)
+    assert found[0].abs().max() > 0
+    assert (found[1] == 0).all()
+
+
+def test_pictures_do_not_pile_up_while_rewards_are_slow(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(configure("training.rows_per_forward=4", "rollout.groups_per_iteration=9"))
+    waiting, most = [0], [0]
+    real = trainer.rewards.submit
+
+    class Slow:
+        def __init__(self, pending: object) -> None:
+            self.pending, self.done = pending, False
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+
+        def result(self) -> object:
+            waiting[0] -= not self.done
+            self.done = True
+            return self.pending.result()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(trainer.rewards, "submit", lambda batch: Slow(real(batch)))
+    trainer.iterate(1)
+    assert most == [5]  # the one that was just decoded, and four before it
+
+
 @pytest.mark.parametrize("kind", ["hypervolume", "gradient"])
 def test_weights_survive_a_resume(configure: Configure, kind: str, one_thread: None) -> None:
     more = ", every: 2, rate: 1e4" if kind == "gradient" else ""

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from flowrl.core.pair_terms import log_ratios, measured, per_token, smoothed
 from flowrl.types import Objective, Pairs
 
 __all__ = ["NEEDS_REFERENCE", "PAIR_OBJECTIVES", "dpo", "ipo", "rpo", "simpo"]
@@ -39,8 +39,8 @@ def dpo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_sm
         arXiv:2305.18290; label smoothing: cDPO, as TRL has it. Diffusion-DPO, arXiv:2311.12908, and Flow-DPO, whose loss and beta were read in
         released code (yifan123/flow_grpo, train_sd3_dpo.py).
     """
-    chosen, rejected = _log_ratios("dpo", pairs)
-    return _objective(pairs, _smoothed(beta * (chosen - rejected), label_smoothing), beta, chosen, rejected)
+    chosen, rejected = log_ratios("dpo", pairs)
+    return measured(pairs, smoothed(beta * (chosen - rejected), label_smoothing), beta, chosen, rejected)
 
 
 def ipo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_smoothing: float) -> Objective:
@@ -57,9 +57,9 @@ def ipo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_sm
     Source:
         arXiv:2310.12036; the length-normalised variant as in TRL's DPO trainer.
     """
-    chosen, rejected = _log_ratios("ipo", pairs)
-    chosen, rejected = _per_token(pairs, chosen, pairs.chosen_length), _per_token(pairs, rejected, pairs.rejected_length)
-    return _objective(pairs, (chosen - rejected - 1 / (2 * beta)).square(), beta, chosen, rejected)
+    chosen, rejected = log_ratios("ipo", pairs)
+    chosen, rejected = per_token(pairs, chosen, pairs.chosen_length), per_token(pairs, rejected, pairs.rejected_length)
+    return measured(pairs, (chosen - rejected - 1 / (2 * beta)).square(), beta, chosen, rejected)
 
 
 def simpo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_smoothing: float) -> Objective:
@@ -77,8 +77,8 @@ def simpo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_
         arXiv:2405.14734, verified in the released code (princeton-nlp/SimPO, scripts/simpo_trainer.py).
     """
     chosen, rejected = (torch.where(pairs.mask, x, torch.zeros_like(x)) for x in (pairs.chosen, pairs.rejected))
-    chosen, rejected = _per_token(pairs, chosen, pairs.chosen_length), _per_token(pairs, rejected, pairs.rejected_length)
-    return _objective(pairs, -logsigmoid(beta * (chosen - rejected) - margin), beta, chosen, rejected)
+    chosen, rejected = per_token(pairs, chosen, pairs.chosen_length), per_token(pairs, rejected, pairs.rejected_length)
+    return measured(pairs, -logsigmoid(beta * (chosen - rejected) - margin), beta, chosen, rejected)
 
 
 def rpo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_smoothing: float) -> Objective:
@@ -97,37 +97,12 @@ def rpo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_sm
     Source:
         arXiv:2405.16436 (formula and defaults from TRL's documentation). With sft_weight 1 and lengths: Iterative RPO, arXiv:2404.19733.
     """
-    chosen, rejected = _log_ratios("rpo", pairs)
-    likelihood = _per_token(pairs, torch.where(pairs.mask, pairs.chosen, torch.zeros_like(chosen)), pairs.chosen_length)
-    loss = _smoothed(beta * (chosen - rejected), label_smoothing) - sft_weight * likelihood
-    return _objective(pairs, loss, beta, chosen, rejected)
+    chosen, rejected = log_ratios("rpo", pairs)
+    likelihood = per_token(pairs, torch.where(pairs.mask, pairs.chosen, torch.zeros_like(chosen)), pairs.chosen_length)
+    loss = smoothed(beta * (chosen - rejected), label_smoothing) - sft_weight * likelihood
+    return measured(pairs, loss, beta, chosen, rejected)
 
 
 PAIR_OBJECTIVES: dict[str, Callable[..., Objective]] = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "rpo": rpo}
 
 NEEDS_REFERENCE = frozenset({"dpo", "ipo", "rpo"})
-
-
-def _log_ratios(name: str, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Log-probability minus the reference's, of the chosen and of the rejected, both 0 where masked."""
-    if pairs.reference_chosen is None or pairs.reference_rejected is None:
-        raise ValueError(f"{name} compares with a reference policy, and Pairs has no reference log-probabilities; simpo needs none")
-    both = ((pairs.chosen, pairs.reference_chosen), (pairs.rejected, pairs.reference_rejected))
-    chosen, rejected = (torch.where(pairs.mask, new - old.detach(), torch.zeros_like(new)) for new, old in both)
-    return chosen, rejected
-
-
-def _per_token(pairs: Pairs, value: Tensor, length: Tensor | None) -> Tensor:
-    """An empty sequence has value 0 and stays 0."""
-    return value if length is None else value / torch.where(pairs.mask, length, torch.ones_like(length)).clamp_min(1)
-
-
-def _smoothed(z: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
-
-
-def _objective(pairs: Pairs, loss: Tensor, beta: float, chosen: Tensor, rejected: Tensor) -> Objective:
-    chosen, rejected = chosen.detach(), rejected.detach()
-    margin = beta * (chosen - rejected)
-    metrics = {"margin": margin, "accuracy": (margin.sign() + 1) / 2, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected}
-    return Objective(torch.where(pairs.mask, loss, torch.zeros_like(loss)), metrics)

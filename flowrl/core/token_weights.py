@@ -55,8 +55,8 @@ def divergence_weights(divergence: Tensor, mask: Tensor, group: Tensor, *, alpha
     used = torch.zeros_like(divergence).index_add_(0, group, mask.to(divergence)) > 0
     low = torch.where(used, divergence, torch.inf).amin(1, keepdim=True)
     high = torch.where(used, divergence, -torch.inf).amax(1, keepdim=True)
-    varies = used & (high > low)
-    share = torch.where(varies, (divergence - low) / torch.where(high > low, high - low, 1.0), 0.0)
+    varies = high > low
+    share = torch.where(varies, (divergence - low) / torch.where(varies, high - low, 1.0), 0.0)
     return torch.where(mask, 1 + (alpha - 1) * share[group], 1.0)
 
 

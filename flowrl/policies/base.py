@@ -120,8 +120,15 @@ class DiffusionPolicy(ABC):
                 self.network.set_attention_backend(config.attention_backend)
             except (ValueError, RuntimeError, ImportError, AttributeError) as error:
                 raise UserError(f"model.attention_backend: {config.attention_backend} cannot be used: {str(error).splitlines()[0]}") from error
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         if config.compile == "blocks":
-            self.network.compile_repeated_blocks()
+            network = self.network
+            names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()  # SD3's network has only the latter
+            blocks = [module for module in network.modules() if type(module).__name__ in names]
+            if not blocks:
+                raise UserError(f"model.compile: diffusers names no repeated blocks of {type(network).__name__}; use whole")
+            for block in blocks:
+                block.compile()
         elif config.compile == "whole":
             self.network.compile()
         if config.vae_slicing:

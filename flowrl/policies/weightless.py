@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -31,12 +32,8 @@ _UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what t
 @contextmanager
 def pipelines_from(loader: Loader) -> Iterator[None]:
     """Within it, policies get their pipelines from ``loader`` instead of a folder or the hub."""
-    before = base.load_pipeline
-    base.load_pipeline = loader
-    try:
+    with patch.object(base, "load_pipeline", loader):
         yield
-    finally:
-        base.load_pipeline = before
 
 
 @contextmanager
@@ -49,18 +46,17 @@ def weightless(loader: Loader | None = None) -> Iterator[None]:
     Args:
         loader: of pipelines; None = from the configs of the model's folder or its hub page.
     """
-    before = nn.Module._apply
-    nn.Module._apply = _apply  # type: ignore[assignment, method-assign]
-    try:
+    with patch.object(nn.Module, "_apply", _apply):
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Answers(), pipelines_from(loader or _without_weights):
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
-    finally:
-        nn.Module._apply = before  # type: ignore[method-assign]
 
 
 class _Answers(TorchDispatchMode):
     """What a program is told that asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func is torch.ops.aten.equal.default:
@@ -81,7 +77,7 @@ def _without_weights(path: str, classes: Sequence[str], title: str, example: str
             index = DiffusionPipeline.load_config(where)
         entries = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and name not in _UNUSED}
         parts: dict[str, Any] = dict.fromkeys((*entries, *(name for name in _UNUSED if name in index)))
-        parts |= {name: _part(where, name, *entry, dtype) for name, entry in entries.items() if entry[0] is not None}
+        parts |= {name: _part(where, name, entry[0], entry[1], dtype) for name, entry in entries.items() if entry[0] is not None}
         parts |= {name: value for name, value in index.items() if not name.startswith("_") and name not in parts}
         parts |= {"requires_safety_checker": False} if "safety_checker" in parts else {}
         return getattr(diffusers, kind)(**parts)
@@ -92,7 +88,7 @@ def _without_weights(path: str, classes: Sequence[str], title: str, example: str
 
 def _part(where: str, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
     """One component: networks without weights, tokenizers and schedulers as they are."""
-    found = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+    found: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         with unset_fake_temporarily():
             return found.from_pretrained(where, subfolder=name)
@@ -112,8 +108,11 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
     for child in module.children() if recurse else ():
         _apply(child, function)
     for name, parameter in module._parameters.items():
-        source = None if parameter is None else parameter.detach()
-        if source is not None and (new := function(source)) is not source:
+        if parameter is None:
+            continue
+        source = parameter.detach()
+        new = function(source)
+        if new is not source:
             module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
     for name, buffer in module._buffers.items():
         module._buffers[name] = None if buffer is None else function(buffer)
