@@ -509,7 +509,8 @@ def main(
 _MISSING = (
     "**The GPU numbers are missing.** No GPU was at hand; the table below is of networks a thousand times smaller on a CPU (`--tiny`), and shows that the "
     "script runs, that the ratio of the first update is 1 and how close the predicted memory comes. Its times, overheads and utilisation say nothing about a "
-    "GPU: rows of such networks take milliseconds. On a machine with a GPU, `python benchmarks/gpu.py` replaces this file with the full-size table."
+    "GPU, the less so as the machine was shared with other work. "
+    "On a machine with a GPU, `python benchmarks/gpu.py` replaces this file with the full-size table."
 )
 
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from flowrl.likelihood_agreement import DIRECT_NAMES, PAIR_NAMES, likelihood_disagreements
 
 if TYPE_CHECKING:
-    from flowrl.config import Config, RolloutConfig
+    from flowrl.config import Config
+    from flowrl.sections import RolloutConfig
 
 __all__ = ["BOUNDED_KERNELS", "disagreements", "settings_without_effect"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flowrl.config import ObjectiveConfig
 from flowrl.results import thousands
 from flowrl.run_records import Run, reward_names, unique
+from flowrl.sections import ObjectiveConfig
 
 __all__ = ["check_run", "ratio_is_off"]
 

@@ -207,8 +207,8 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw pictures with a base model or with a run's tuned weights."""
-    from flowrl.config import EvaluationConfig, ModelConfig
     from flowrl.data import load_prompts
+    from flowrl.sections import EvaluationConfig, ModelConfig
     from flowrl.types import UserError
 
     every_text = list(texts or []) + ([prompt.text for prompt in load_prompts(prompts)] if prompts else [])
@@ -337,6 +337,7 @@ def estimate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
     overrides: Overrides = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time a few iterations on this machine, about 20 s.")] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Predict the peak memory on a GPU, without weights, in seconds to a minute.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Say what a run will cost before it starts: network rows beside those of the method's released code, seconds and memory. Nothing is written."""
@@ -347,6 +348,18 @@ def estimate(
     expected, measured = count(loaded), None
     if not as_json:
         _print_noted(HEAD, *cost_lines(expected))
+    predicted = None
+    if memory:
+        from flowrl.memory_estimate import MEMORY_HEAD, estimate_memory, memory_lines
+        from flowrl.types import UserError
+
+        try:
+            predicted = estimate_memory(loaded)
+            if not as_json:
+                typer.echo("")
+                _print_noted(MEMORY_HEAD, *memory_lines(predicted))
+        except UserError as error:  # a hub that cannot be reached must not hide the rest
+            typer.echo(f"memory: not predicted: {error}", err=as_json)
     if measure:
         from flowrl.measure import TIME_HEAD, time_lines
         from flowrl.measure import measure as time_iterations
@@ -356,7 +369,7 @@ def estimate(
             typer.echo("")
             _print_noted(TIME_HEAD, *time_lines(measured))
     if as_json:
-        typer.echo(json.dumps(expected.as_dict() | {"measured": measured.as_dict() if measured else None}))
+        typer.echo(json.dumps(expected.as_dict() | {"memory": predicted.as_dict() if predicted else None, "measured": measured.as_dict() if measured else None}))
 
 
 @app.command(epilog=examples("flowrl report runs/first"))

@@ -22,8 +22,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowrl.config import CriticConfig
 from flowrl.policies.ema import Ema
+from flowrl.sections import CriticConfig
 from flowrl.seeds import derive_seed
 from flowrl.types import UserError
 

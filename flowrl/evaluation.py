@@ -22,11 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from flowrl.checkpoint import load_policy
-from flowrl.config import Config, RewardConfig, RolloutConfig, load_config
+from flowrl.config import Config, load_config
 from flowrl.data import load_prompts
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
+from flowrl.sections import RewardConfig, RolloutConfig
 from flowrl.seeds import generator
 from flowrl.statistics import mean_ci95
 from flowrl.tracking import replace_file

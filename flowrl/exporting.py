@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from flowrl.checkpoint import find_checkpoints, load_checkpoint, load_policy, model_identity
-from flowrl.config import Config, ModelConfig, dump_config, list_methods, load_config
+from flowrl.config import Config, dump_config, list_methods, load_config
 from flowrl.figures import write_readme_figures
 from flowrl.gallery import load_pairs
 from flowrl.policies.base import DiffusionPolicy
@@ -26,6 +26,7 @@ from flowrl.policies.families import make_policy
 from flowrl.policies.pipelines import DTYPE_KEYWORD, resolve_model_path
 from flowrl.results import headline_tiles, score_text
 from flowrl.run_records import Run, evaluated_policy, half_width, is_evaluated, load_run, unique
+from flowrl.sections import ModelConfig
 from flowrl.sharding import SHARDS, fit_state
 from flowrl.tracking import explain_full_disk, replace_file
 from flowrl.types import UserError

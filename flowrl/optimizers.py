@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowrl.config import OptimizerConfig
+from flowrl.sections import OptimizerConfig
 from flowrl.types import UserError
 
 __all__ = ["make_optimizer"]

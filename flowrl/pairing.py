@@ -24,7 +24,8 @@ from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
 from flowrl.rollout_log import SavedRollout, load_rollouts, save_rollout
 from flowrl.tracking import explain_full_disk, refuse_full_folder, replace_file
-from flowrl.trainer import Trainer, join_scores
+from flowrl.reward_metrics import join_scores
+from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
 __all__ = ["PairChoice", "PairCounts", "best_against_worst", "make_pairs", "pairs_from_base", "pairs_from_run", "sample_rollouts"]

@@ -20,8 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flowrl.config import Config, RolloutConfig
+from flowrl.config import Config
 from flowrl.core.selection import depth_window
+from flowrl.sections import RolloutConfig
 from flowrl.seeds import derive_seed
 from samplers.nfe import Rows, granular_rows, ode_rows, path_rows, tree_rows, tree_widths
 from samplers.plans import Plan, chain_plan, compress_after, granular_plan, ode_plan, tree_plan, window_plan

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from flowrl.checkpoint import load_policy
-from flowrl.config import ModelConfig, RolloutConfig, TrainingConfig, load_config
+from flowrl.config import load_config
 from flowrl.evaluation import png_of, sigmas_of
 from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
+from flowrl.sections import ModelConfig, RolloutConfig, TrainingConfig
 from flowrl.seeds import generator
 from flowrl.tracking import explain_full_disk, replace_file
 from flowrl.types import UserError

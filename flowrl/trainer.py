@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from flowrl.assignment import Assigner, Assignment, Samples
 from flowrl.checkpoint import random_state, restore_random_state
-from flowrl.config import Config, SelectionConfig
+from flowrl.config import Config
 from flowrl.core.advantages import group_statistics
-from flowrl.core.preference import PAIR_OBJECTIVES
 from flowrl.core.reductions import REDUCTIONS
 from flowrl.critic import Critic, critic_advantages
 from flowrl.data import GroupSampler, load_prompts
@@ -34,32 +31,33 @@ from flowrl.memory import halved
 from flowrl.meters import Meters
 from flowrl.optimizers import make_optimizer
 from flowrl.pairs import load_pairs
-from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows
+from flowrl.planning import build_plan, minimum_rows, trained_rows
 from flowrl.policies.base import NetworkRows
 from flowrl.policies.ema import Ema, OldPolicy
 from flowrl.policies.families import make_policy
+from flowrl.preflight import check_kernel, check_memory, check_pairs, check_updates
 from flowrl.processes import check_agreement, make_accelerator
+from flowrl.reward_metrics import check_valid, join_scores, reward_metrics
 from flowrl.reward_weights import RewardWeights
 from flowrl.rollout_log import SavedRollout
+from flowrl.sections import SelectionConfig
 from flowrl.seeds import derive_seed, generator
 from flowrl.sharding import clip_gradients, fit_state, local, whole
 from flowrl.tracking import RunLogger, explain_full_disk
 from flowrl.types import Prompt, Rollout, SampleBatch, Scores, UserError
 from flowrl.updates.base import Update, Weights
 from flowrl.updates.direct import DIRECT_OBJECTIVES, DirectUpdate, kept_steps
-from flowrl.updates.matching import MatchingUpdate, needs_old_velocity
+from flowrl.updates.matching import MatchingUpdate
 from flowrl.updates.minimum import least_rows, units_of_samples
 from flowrl.updates.noised import NoisedSamples
 from flowrl.updates.pairs import PairUpdate, needs_reference
 from flowrl.updates.transition import TransitionUpdate
 from rewards.composite import ConstantRewardMonitor, Pending, WeightedRewards
-from rewards.composite import join_scores as join_parts
 from samplers.forest import concatenate, leaves_only, move
-from samplers.kernels import check_noise_level, load_kernel
 from samplers.plans import Plan
 from samplers.rollout import execute
 
-__all__ = ["Trainer", "join_scores"]
+__all__ = ["Trainer"]
 
 _LOGGER = logging.getLogger(__name__)
 _WAITING = 4
@@ -98,7 +96,7 @@ class Trainer:
         self.policy.finish_prompts([prompt.text for prompts in every for prompt in prompts])
         if not self.sharded:
             self.policy.training_module = self.accelerator.prepare(self.policy.network)
-        self._check_kernel()
+        check_kernel(self)
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, self.policy)
         self.shift = self.policy.shift_for(config.rollout.num_steps) if config.rollout.shift is None else config.rollout.shift
         self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction, self.policy.prediction)
@@ -134,10 +132,10 @@ class Trainer:
         self.rows_total = 0
         self.idle_rows = 0  # of this process, see `step`
         self.elapsed = 0.0
-        self._check_memory()
-        self._check_updates()
+        check_memory(self)
+        check_updates(self)
         if self.pairs is not None:
-            self._check_pairs()
+            check_pairs(self)
 
     def _load_rewards(self) -> tuple[WeightedRewards, WeightedRewards]:
         """Those of training and those of evaluation, which share what is the same, after a look at all prompts."""
@@ -153,78 +151,6 @@ class Trainer:
         for each in (rewards, eval_rewards):
             each.load(self.accelerator.device)
         return rewards, eval_rewards
-
-    def _check_pairs(self) -> None:
-        """Every pair that the run will train on is read once before, each process its share; a bad one stops all processes."""
-        assert self.pairs is not None
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        met = sorted(self.sampler.met(self.config.training.iterations))
-        problem = ""
-        try:
-            self.pairs.check(self.policy.image_size, self.policy.latent_shape, met[rank::world])
-        except UserError as error:
-            problem = str(error)
-        if found := [message for message in (gather_object([problem]) if world > 1 else [problem]) if message]:
-            raise UserError(found[0])
-        if self.pairs.dropped and self.accelerator.is_main_process:
-            _LOGGER.warning("data.pairs: %d undecided pairs were left out", self.pairs.dropped)
-
-    def _check_kernel(self) -> None:
-        """A kernel that does not fit the network's prediction is an error, noise that destroys the picture a warning."""
-        rollout, prediction = self.config.rollout, self.policy.prediction
-        after, tuning = rollout.after_window, self.config.layer_tuning
-        if prediction != "flow" and (rollout.plan == "ode" or self.config.likelihood == "matching"):
-            raise UserError(
-                f"model.path: {self.policy.title} predicts {prediction}, and matching, ODE plans and what builds on them need a flow model; train its steps: "
-                "likelihood transition, kernel ddim, plan chain, window or tree"
-            )
-        if prediction != "flow" and (after.solver != "ode" or after.compression < 1 or (tuning.weight > 0 and tuning.target != "best_velocity")):
-            raise UserError(
-                f"model.path: {self.policy.title} predicts {prediction}, and rollout.after_window and a straight layer_tuning.target need a flow model; "
-                "use after_window: {solver: ode, compression: 1}, and layer_tuning.target: best_velocity or weight: 0"
-            )
-        if rollout.plan == "ode":
-            return
-        try:
-            load_kernel(rollout.kernel, prediction)
-        except ValueError as error:
-            raise UserError(f"rollout.kernel: {error}") from error
-        growth = 1 + rollout.tree.noise_growth if rollout.plan == "tree" else 1
-        warning = check_noise_level(rollout.kernel, max(rollout.noise_level) * growth)
-        if warning is not None and self.accelerator.is_main_process:
-            _LOGGER.warning("rollout.noise_level: %s", warning)
-
-    def _check_memory(self) -> None:
-        """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
-        config = self.config
-        groups = math.ceil(config.rollout.groups_per_iteration / self.accelerator.num_processes)
-        ends = (1, config.training.iterations)  # a window may grow
-        leaves, rows, edges = max((kept_latents(config, iteration, kept_steps(config, iteration)) for iteration in ends), key=sum)
-        kept = leaves + edges + rows * (2 if self.assigner.keep_velocity else 1)
-        if config.likelihood == "matching":  # the noise, and what other policies say at it
-            noised = 2 if config.objective.name in PAIR_OBJECTIVES else leaves
-            kept += noised * config.matching.num_times * (1 + int(config.kl.weight > 0) + int(needs_old_velocity(config)) + int(config.critic is not None))
-        needed = groups * kept * 4 * math.prod(self.policy.latent_shape)
-        device = self.policy.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        if needed > free:
-            raise UserError(
-                f"rollout: {leaves:,} samples a prompt and their {kept - leaves:,} training states, for {groups} prompts, take "
-                f"{needed / 2**30:.3g} GiB of latents, and {free / 2**30:.3g} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
-            )
-
-    def _check_updates(self) -> None:
-        """Iterations that could train nothing, or fewer rows than updates, are an error before the first of them."""
-        config, updates = self.config, self.config.objective.updates_per_iteration
-        if not trains_steps(config):
-            return
-        for iteration in range(1, config.training.iterations + 1):
-            rows = trained_rows(config, iteration)
-            if rows == 0:
-                raise UserError(f"selection: in iteration {iteration} pruning leaves no decision to train; use a narrower selection.depth or another window")
-            if rows is not None and rows * config.rollout.groups_per_iteration < updates:
-                total = rows * config.rollout.groups_per_iteration
-                raise UserError(f"objective.updates_per_iteration: {updates} updates are more than the {total} training rows of an iteration; use fewer")
 
     def close(self) -> None:
         """Give back what rewards hold: threads, processes, connections."""
@@ -385,8 +311,8 @@ class Trainer:
             gathered = gather_object([(scores, here)])
             everywhere, there = join_scores([part for part, _ in gathered]), torch.cat([numbers for _, numbers in gathered])
         self.monitor.update(everywhere)
-        self._check_valid(everywhere["total"], iteration)
-        total, valid = scores["total"], everywhere["total"].valid
+        check_valid(self.config, everywhere["total"], iteration)
+        total = scores["total"]
         assignment: Assignment | Samples
         if trains_steps(self.config):
             assignment = self.assigner(plan, rollout, scores, everywhere, prompts=(here, there), numbers=mine, iteration=iteration)
@@ -394,25 +320,7 @@ class Trainer:
             assignment = self.assigner.samples(rollout, scores, everywhere, prompts=(here, there))
         sets = rollout.leaf_set
         _, std, count = group_statistics(total.values.double(), sets, total.valid, int(sets.max()) + 1, config.ddof)
-        metrics: dict[str, Any] = {}
-        for name, score in everywhere.items():
-            values = score.values[score.valid].double()
-            metrics[f"reward/{name}/mean"] = values.mean().item() if len(values) else None
-            metrics[f"reward/{name}/std"] = values.std(correction=0).item() if len(values) else None
-            for column, numbers in score.raw.items():
-                known = numbers[numbers.isfinite()].double()
-                metrics[f"reward/{name}/{column}"] = known.mean().item() if len(known) else None
-        if len(everywhere) > 2:
-            metrics |= {f"reward/{name}/invalid": int((~score.valid).sum()) for name, score in everywhere.items() if name != "total"}
-        for reward in self.config.rewards:
-            if reward.minimum is not None and reward.key in everywhere:
-                known = everywhere[reward.key].values[everywhere[reward.key].valid]
-                metrics[f"reward/{reward.key}/satisfied"] = (known >= reward.minimum).double().mean().item() if len(known) else None
-        if self.config.reward_weights.kind == "gradient":
-            metrics |= {f"reward/{name}/weight": weight for name, weight in self.reward_weights.weights.items()}
-        elif self.config.reward_weights.kind == "hypervolume":
-            metrics["advantage/factor"] = self.reward_weights.factor
-        metrics["reward/invalid"] = int((~valid).sum())
+        metrics = reward_metrics(self.config, everywhere, self.reward_weights)
         metrics["reward/zero_std_groups"] = int(self._sum(int(((std == 0) | (count < 2)).sum())))
         sums = {name: self._sum(value) for name, value in assignment.sums.items()}
         metrics["advantage/abs_mean"] = sums["abs_advantage"] / sums["all"]
@@ -424,17 +332,6 @@ class Trainer:
         if isinstance(assignment, Samples) and assignment.pairs is not None:
             metrics["pair/count"] = int(self._sum(0.0 if assignment.placeholder else float(len(assignment.pairs))))
         return assignment, metrics
-
-    def _check_valid(self, total: Scores, iteration: int) -> None:
-        """Too many samples without a score stop the run, on every process alike."""
-        lost, limit = int((~total.valid).sum()), self.config.training.max_invalid_share
-        if lost <= limit * len(total.valid) and bool(total.valid.any()):
-            return
-        first = f" The first: {total.problems[min(total.problems)]}." if total.problems else ""
-        raise UserError(
-            f"{lost} of the {len(total.valid)} samples of iteration {iteration} could not be scored, more than training.max_invalid_share = {limit:g} allows."
-            f"{first} The last checkpoint is kept; mend the reward, or mark it `required: false` where another one can stand in"
-        )
 
     def _reward_gradients(self, plan: Plan, rollout: Rollout, scores: dict[str, Scores], prompts: list[Prompt], numbers: list[int], iteration: int) -> Tensor:
         """[K, P] the policy gradient of each reward that has a weight, from its own advantages; the policy stays as it is."""
@@ -703,8 +600,3 @@ class Trainer:
             _LOGGER.warning("resuming on another number of processes: global random states are not restored (flowrl's own draws do not need them)")
         counters = state["counters"]
         self.num_updates, self.images, self.rows_total, self.elapsed = (counters[k] for k in ("num_updates", "images", "rows_total", "elapsed"))
-
-
-def join_scores(parts: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
-    """Scores of several batches, reward by reward, as one."""
-    return {name: join_parts([part[name] for part in parts]) for name in parts[0]}

@@ -12,7 +12,8 @@ from torch import Tensor
 from flowrl.assignment import Assignment, Samples
 from flowrl.config import Config
 from flowrl.likelihoods.matching import NoisedBatch
-from flowrl.trainer import Trainer, join_scores
+from flowrl.reward_metrics import join_scores
+from flowrl.trainer import Trainer
 from flowrl.types import Prompt, Rollout, Scores
 from flowrl.updates.base import Update
 from samplers.plans import Plan

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from toys import PROMPTS, ROOT, build_pipeline, make_config
 
-from flowrl.config import ModelConfig
 from flowrl.policies import families
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.pipelines import load_pipeline
+from flowrl.sections import ModelConfig
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 from samplers.rollout import sample_ode

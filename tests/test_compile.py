@@ -11,9 +11,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from flowrl.config import Config, ModelConfig
+from flowrl.config import Config
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.families import make_policy
+from flowrl.sections import ModelConfig
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flowrl.config import Config, RewardConfig, dump_config, list_methods, load_config
+from flowrl.config import Config, dump_config, list_methods, load_config
 from flowrl.mistakes import did_you_mean, leaf_keys
+from flowrl.sections import RewardConfig
 from flowrl.types import UserError
 
 MINIMAL = "run_dir: runs/x\nrewards: [scene]\n"

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from test_distributed import launch
 from torch import Tensor
 
-from flowrl.config import CriticConfig
 from flowrl.critic import Critic, CriticNetwork, _Block, _sinusoidal, critic_advantages, potential_rewards
 from flowrl.processes import make_accelerator
+from flowrl.sections import CriticConfig
 from flowrl.seeds import generator
 from flowrl.types import UserError
 

@@ -157,7 +157,7 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, pipeline: Pa
         assert m["nfe/used"] == m["nfe/minimum"] <= other["nfe/used"]
         assert other.get("ratio/max_abs_log_first", 0.0) < 1e-6
     for e, other in zip(read(one / "evals.jsonl"), read(two / name / "run" / "evals.jsonl"), strict=True):
-        assert other == pytest.approx(e, abs=1e-5)
+        assert other == pytest.approx(e, abs=1e-4)  # a pixel between two of its 256 levels may fall on either
     assert (two / name / "run" / "report.html").is_file()
     assert len(list((two / name / "run" / "samples").iterdir())) == 2
 

@@ -495,7 +495,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
 
 def test_without_a_measurement_no_model_library_is_imported(config_file: Path) -> None:
     code = (
-        f"import sys; from flowrl.cli import main; main(['estimate', {str(config_file)!r}, '--no-measure'])\n"
+        f"import sys; from flowrl.cli import main; main(['estimate', {str(config_file)!r}, '--no-measure', '--no-memory'])\n"
         "heavy = {'diffusers', 'transformers', 'accelerate', 'peft', 'matplotlib'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 from toys import PROMPTS, as_prompts
 
-from flowrl.config import Config, RewardConfig
+from flowrl.config import Config
 from flowrl.evaluation import Evaluation, Evaluator, build_rewards, evaluate_run, grid_of, save_grid, sigmas_of
 from flowrl.policies.sd3 import Sd3Policy
 from flowrl.run import train
+from flowrl.sections import RewardConfig
 from flowrl.seeds import derive_seed, generator
 from flowrl.statistics import mean_ci95
 from flowrl.types import RewardInfo, SampleBatch, Scores, UserError

@@ -13,11 +13,12 @@ import torch
 from drills import RowCount, begin, difference, weights
 from toys import PROMPTS
 
-from flowrl.config import Config, OptimizerConfig
+from flowrl.config import Config
 from flowrl.memory import halved
 from flowrl.optimizers import make_optimizer
 from flowrl.policies.families import make_policy
 from flowrl.policies.prompts import PromptCache
+from flowrl.sections import OptimizerConfig
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 

@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flowrl.config import Config, RolloutConfig
+from flowrl.config import Config
 from flowrl.planning import build_plan, kept_latents, minimum_rows, trained_rows, window_of
+from flowrl.sections import RolloutConfig
 from samplers.plans import chain_plan, compress_after, granular_plan, ode_plan, tree_plan, window_plan
 from samplers.schedules import shifted_grid
 

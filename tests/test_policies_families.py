@@ -11,8 +11,8 @@ from families import BUILDERS as TRANSFORMERS
 from families import CONTRACT
 from unets import UNET_BUILDERS
 
-from flowrl.config import ModelConfig
 from flowrl.policies.families import FAMILIES, _load, family_of
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 
 BUILDERS = TRANSFORMERS | UNET_BUILDERS

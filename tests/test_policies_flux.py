@@ -12,8 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from families import BUILDERS, HEIGHT, WIDTH, Builder, build_flux, flux_arguments, gradients, some_rows, start_noise
 
-from flowrl.config import ModelConfig
 from flowrl.policies.flux import dynamic_shift, pack, unpack
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 from samplers.schedules import flux_shift
 

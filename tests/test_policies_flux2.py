@@ -10,9 +10,9 @@ import pytest
 import torch
 from families import BUILDERS, HEIGHT, WIDTH, some_rows, start_noise
 
-from flowrl.config import ModelConfig
 from flowrl.policies import flux2
 from flowrl.policies.flux2 import Flux2Policy, empirical_mu
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinPipeline"), reason="diffusers before 0.37")

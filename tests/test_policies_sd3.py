@@ -14,10 +14,10 @@ from torch import Tensor
 from toys import PROMPTS
 from transformers.utils import logging as transformers_logging
 
-from flowrl.config import ModelConfig
 from flowrl.policies import pipelines
 from flowrl.policies.pipelines import resolve_model_path
 from flowrl.policies.sd3 import Sd3Policy
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 from samplers.direct import denoise
 from samplers.rollout import sample_ode

@@ -24,12 +24,13 @@ from torch import Tensor
 from toys import PROMPTS, as_prompts, make_config
 from unets import SCHEDULE, UNET_BUILDERS, ZERO_SNR, UNetBuilder, ddim, set_scheduler
 
-from flowrl.config import Config, RewardConfig, load_config
+from flowrl.config import Config, load_config
 from flowrl.evaluation import Evaluator, build_rewards, sigmas_of
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from flowrl.policies.unet import StableDiffusionPolicy, StableDiffusionXlPolicy
 from flowrl.run import train
 from flowrl.sampling import sample_to_folder
+from flowrl.sections import RewardConfig
 from flowrl.seeds import generator
 from flowrl.trainer import Trainer
 from flowrl.types import Rollout, UserError

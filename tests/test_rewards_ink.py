@@ -146,8 +146,8 @@ def test_a_picture_says_the_same_in_any_size_place_and_company() -> None:
 
 
 def test_pictures_of_the_base_model_lie_between_wrong_and_right() -> None:
-    from flowrl.config import ModelConfig
     from flowrl.policies.sd3 import Sd3Policy
+    from flowrl.sections import ModelConfig
     from samplers.rollout import sample_ode
     from samplers.schedules import sigma_grid
 

@@ -15,10 +15,11 @@ from toys import PROMPTS
 
 from flowrl import sampling
 from flowrl.cli import main
-from flowrl.config import Config, ModelConfig
+from flowrl.config import Config
 from flowrl.policies.sd3 import Sd3Policy
 from flowrl.run import train
 from flowrl.sampling import picture_names, sample_to_folder
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 
 Configure = Callable[..., Config]

@@ -43,7 +43,7 @@ def length_rank(
 
     In the ceil(share P') groups of the highest accuracy a right answer gets 1 - strength sigmoid((n - mean) / max(std, min_std)), with mean and standard
     deviation (ddof 0) of the lengths of the group's right answers; in the others it gets 1. P' counts the groups with a valid sample; of equally
-    accurate groups the earlier one goes first. share 0 is 0/1 rewards, share 1 the length penalty everywhere. Groups of all processes are to be ranked together.
+    accurate groups the earlier one goes first. share 0 is 0/1 rewards, share 1 the length penalty everywhere. Rank the groups of all processes together.
 
     Args:
         correct, valid: [B] bool. length: [B] float, whose dtype the result has. group: [B] int64 in 0..P-1.
@@ -56,7 +56,7 @@ def length_rank(
     accuracy, _, members = group_statistics(correct.to(length.dtype), group, valid, num_groups, 0)
     known, one = members > 0, torch.zeros_like(members, dtype=torch.int64)
     place = group_rank(-accuracy, one, known, 1)
-    chosen = known & (place < (share * known.sum() - 1e-9).ceil())  # 1e-9: 0.07 * 100 is 7.000000000000001
+    chosen = known & (place < (share * known.sum().double() - 1e-9).ceil())  # 1e-9: 0.07 * 100 is 7.000000000000001
     mean, std, _ = group_statistics(length, group, right, num_groups, 0)
     excess = torch.where(right, length - mean[group], torch.zeros_like(length)) / std.clamp_min(min_std)[group]
     shaped = 1 - strength * torch.sigmoid(excess)

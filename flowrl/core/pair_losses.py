@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from flowrl.core.gates import LOG_RATIO_LIMIT
 from flowrl.core.objectives import clipped_surrogate
@@ -51,7 +50,7 @@ def robust_dpo(pairs: Pairs, *, beta: float, margin: float = 0.0, sft_weight: fl
     Args:
         beta: > 0. label_smoothing: in [0, 1/2), known or guessed; 0 is DPO.
     Source:
-        arXiv:2403.00409 (id from memory), formula from TRL's documentation.
+        arXiv:2403.00409, formula from TRL's documentation.
     """
     chosen, rejected = log_ratios("robust_dpo", pairs)
     z = beta * (chosen - rejected)

@@ -22,8 +22,10 @@ def sum_tokens(log_prob: Tensor, mask: Tensor, weight: Tensor | None = None) -> 
     Args:
         log_prob: [B, T], may carry a gradient; anything where masked. weight: [B, T] or None.
     """
-    value = log_prob if weight is None else log_prob * weight.detach()
-    return torch.where(mask, value, torch.zeros_like(value)).sum(1, keepdim=True)
+    value = torch.where(mask, log_prob, torch.zeros_like(log_prob))
+    if weight is not None:
+        value = value * torch.where(mask, weight.detach(), torch.zeros_like(weight))
+    return value.sum(1, keepdim=True)
 
 
 def guide_weights(

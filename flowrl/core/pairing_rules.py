@@ -39,15 +39,15 @@ def make_pairs(
     | best_random | the best against a random one of those it beats | |
     | all | every two samples with different rewards | OSP, whose ranks are then the rewards |
     | threshold | every two whose rewards differ by more than ``threshold`` | DNO-Prct |
-    | random | one of all, each as likely as the other | REBEL, P3O, CoPG |
+    | random | ``cap`` (None: 1) of all, each as likely as the other | REBEL, P3O, CoPG |
     | levels | every two on different levels: the rewards are levels, of which the lowest is the best | TRPA |
 
     Of equally good (bad) samples the first is the best (worst).
 
     Args:
-        rewards: [B] float. group: [B] int64 >= 0. valid: [B] bool.
+        rewards: [B] float, finite where valid. group: [B] int64 >= 0. valid: [B] bool; False for an empty response too.
         threshold: >= 0, of the rule threshold only.
-        cap: most pairs of a group, a random subset; None = all.
+        cap: >= 1, most pairs of a group, a random subset; None = all. No effect on the best_ rules, which give one.
         seed: of all draws. A group's draw depends on the seed, its number and its own pairs only, not on its neighbours.
         may_lose: [B] bool; False for a sample that may only win, such as a teacher's (DNO-Prct). None = all may lose.
         content: [B] int64, equal for identical responses, which are no pair whatever a noisy judge says. None = all differ.
@@ -62,20 +62,21 @@ def make_pairs(
         raise ValueError(f"unknown pairing rule {rule!r}; known: {', '.join(PAIRING_RULES)}")
     if threshold < 0 or (cap is not None and cap < 1):
         raise ValueError(f"pairs need threshold >= 0 and cap >= 1, got {threshold} and {cap}")
-    can_lose = torch.ones_like(valid) if may_lose is None else may_lose
     score = -rewards if rule == "levels" else rewards
     num_groups = int(group.max()) + 1 if len(group) else 0
-    if rule == "best_worst" and may_lose is None:
+    if rule == "best_worst" and may_lose is None and content is None:
         pairs = best_and_worst(score, group, valid, num_groups)
-        pairs = pairs[_differ(content, pairs[:, 0], pairs[:, 1])]
         return pairs[:, 0], pairs[:, 1]
     found = []
     for number in range(num_groups):
         members = torch.nonzero((group == number) & valid).squeeze(1)
         value = score[members]
         gap = value[:, None] - value[None, :]
-        wins = (gap > (threshold if rule == "threshold" else 0.0)) & can_lose[members][None, :]
-        wins &= _differ(content, members[:, None], members[None, :])
+        wins = gap > (threshold if rule == "threshold" else 0.0)
+        if may_lose is not None:
+            wins &= may_lose[members][None, :]
+        if content is not None:
+            wins &= content[members][:, None] != content[members][None, :]
         if not bool(wins.any()):
             continue
         if rule in ("best_worst", "best_random"):  # the best that beats anyone it may be paired with
@@ -85,7 +86,7 @@ def make_pairs(
             pairs = torch.stack([torch.tensor(best), chosen])[None]
         else:
             pairs = torch.nonzero(wins)
-            most = 1 if rule == "random" else len(pairs) if cap is None else cap
+            most = cap if cap is not None else 1 if rule == "random" else len(pairs)
             if most < len(pairs):
                 pairs = pairs[_draw(len(pairs), most, seed, number)]
         found.append(members[pairs])
@@ -113,10 +114,6 @@ def constrained_pairs(rewards: Tensor, satisfied: Tensor, group: Tensor, valid: 
             found.append(torch.stack([keeps[rewards[keeps].argmax()], breaks[rewards[breaks].argmin()]]))
     table = torch.stack(found) if found else torch.zeros(0, 2, dtype=torch.int64)
     return table[:, 0], table[:, 1]
-
-
-def _differ(content: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
-    return torch.ones(torch.broadcast_shapes(one.shape, other.shape), dtype=torch.bool) if content is None else content[one] != content[other]
 
 
 def _draw(number: int, count: int, seed: int, group: int) -> Tensor:

@@ -256,8 +256,8 @@ def marginal_gains(values: Tensor, mask: Tensor, initial: Tensor) -> Tensor:
 
 def preferences(scores: Tensor, *, temperature: float = 1.0) -> Tensor:
     """P(i beats j) = sigmoid((s_i - s_j) / temperature), [B, B], from scores [B]; temperature 0: 1, 0, or 1/2 for a tie."""
-    gap = scores[:, None] - scores[None]
-    return torch.sigmoid(gap / temperature) if temperature > 0 else (gap.sign() + 1) / 2
+    margin = scores[:, None] - scores[None]
+    return torch.sigmoid(margin / temperature) if temperature > 0 else (margin.sign() + 1) / 2
 
 
 def win_rate(preference: Tensor, group: Tensor, valid: Tensor, num_groups: int) -> Tensor:

@@ -121,8 +121,8 @@ class Gae(NamedTuple):
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float | Tensor = 0.95, done: Tensor | None = None) -> Gae:
     """Generalised advantages: delta_t = r_t + gamma V_next - V_t, A_t = delta_t + gamma lam A_next; returns = A + V. Not whitened.
 
-    After the last decision V_next = 0. Where a rollout was cut off there (``done`` False; T-PPO's EGAE), V_next = V_t: the value is taken to stay what it is, so
-    that with gamma = 1 the last delta is the reward.
+    After the last decision V_next = 0. Where a rollout was cut off there (``done`` False; T-PPO's EGAE), V_next = V_t: the value is taken to stay what it is,
+    so that with gamma = 1 the last delta is the reward.
 
     Args:
         rewards, values: [B, T]. mask: [B, T] bool; gaps are passed through: next = the next decision that counts.
@@ -149,7 +149,7 @@ def length_lambda(mask: Tensor, *, alpha: float = 0.05, dtype: torch.dtype = tor
 
     Source: VAPO, arXiv:2504.05118, from three notes that agree. The critic's returns use lambda 1.
     """
-    return (1 - 1 / (alpha * mask.sum(1).to(dtype))).clamp(0, 1)
+    return (1 - 1 / (alpha * mask.sum(1).clamp_min(1).to(dtype))).clamp(0, 1)
 
 
 class TruncatedMasks(NamedTuple):
@@ -188,7 +188,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def segment_ids(old_log_prob: Tensor, mask: Tensor, *, interval: int = 5, threshold: float = 0.9) -> Tensor:
-    """SPO: cut before every ``interval``-th decision that the sampling policy was not sure of, p < threshold; number of the segment of each, [B, T] int64 from 0.
+    """SPO: cut before every ``interval``-th decision that the sampling policy was not sure of, p < threshold; each one's segment, [B, T] int64 from 0.
 
     Source: arXiv:2505.23564, threshold and interval read in the released code; on which side of the decision the cut falls is our reading.
     """

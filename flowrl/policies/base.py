@@ -27,12 +27,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowrl.config import ModelConfig
 from flowrl.memory import halved
 from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
 from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline, resolve_model_path
 from flowrl.policies.prompts import PromptCache
 from flowrl.policies.weights import cast, cast_module, fold_lora, lora_facts, quietly, save_lora_file
+from flowrl.sections import ModelConfig
 from flowrl.sharding import Company, gathered, shard_network
 from flowrl.types import UserError, Velocity
 from samplers.schedules import sigma_grid

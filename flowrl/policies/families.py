@@ -6,10 +6,10 @@ import importlib
 
 import torch
 
-from flowrl.config import ModelConfig
 from flowrl.mistakes import did_you_mean
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.pipelines import pipeline_class
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 
 __all__ = ["FAMILIES", "family_of", "make_policy"]

@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from flowrl.config import LoraConfig
+from flowrl.sections import LoraConfig
 from flowrl.types import UserError
 
 __all__ = ["JOINT_ATTENTION", "add_lora", "lora_state_dict", "scale_lora"]

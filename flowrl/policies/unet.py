@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowrl.config import ModelConfig
 from flowrl.policies.base import DiffusionPolicy
+from flowrl.sections import ModelConfig
 from flowrl.types import UserError
 from samplers.schedules import vp_grid
 

@@ -46,10 +46,10 @@ def weightless(loader: Loader | None = None) -> Iterator[None]:
     Args:
         loader: of pipelines; None = from the configs of the model's folder or its hub page.
     """
-    with patch.object(nn.Module, "_apply", _apply):
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Answers(), pipelines_from(loader or _without_weights):
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield
+    made = pipelines_from(loader or _without_weights)
+    with warnings.catch_warnings(), patch.object(nn.Module, "_apply", _apply), FakeTensorMode(allow_non_fake_inputs=True), _Answers(), made:
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 class _Answers(TorchDispatchMode):
@@ -89,7 +89,7 @@ def _without_weights(path: str, classes: Sequence[str], title: str, example: str
 def _part(where: str, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
     """One component: networks without weights, tokenizers and schedulers as they are."""
     found: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not (_is_network(found)):
         with unset_fake_temporarily():
             return found.from_pretrained(where, subfolder=name)
     with unset_fake_temporarily():
@@ -101,6 +101,10 @@ def _part(where: str, name: str, library: str, kind: str, dtype: torch.dtype) ->
     finally:
         torch.set_default_dtype(before)
     return network
+
+
+def _is_network(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
