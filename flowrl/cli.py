@@ -358,7 +358,9 @@ def estimate(
             if not as_json:
                 typer.echo("")
                 _print_noted(MEMORY_HEAD, *memory_lines(predicted))
-        except UserError as error:  # a hub that cannot be reached must not hide the rest
+        except UserError as error:  # a hub that cannot be reached must not hide the rest, but a measurement needs the model too
+            if measure:
+                raise
             typer.echo(f"memory: not predicted: {error}", err=as_json)
     if measure:
         from flowrl.measure import TIME_HEAD, time_lines

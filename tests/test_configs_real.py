@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -134,11 +135,11 @@ PUBLISHED = {
     "sd35_medium_flow_grpo_fast": "rollout.kernel cps, rollout.group_size 18, rollout.window.size 3, objective.clip_low 1e-5, rollout.guidance_scale 1.0",
     "sd35_medium_grpo_guard": "objective.clip_low 2e-6, objective.clip_high 2e-6, optimizer.learning_rate 1e-4, kl.weight 0.0, advantage.name group_zscore",
     "sd35_medium_awm": "kl.weight 5e-4, anchor.weight 5.0, matching.first_time 0, matching.num_times 6, rollout.num_steps 14, rollout.group_size 24",
-    "flux_dev_flow_grpo": "rollout.num_steps 6, rollout.noise_level [0.9], kl.weight 0.0, objective.clip_low 1e-4, advantage.name global_std, model.lora.rank 64",
+    "flux_dev_flow_grpo": "rollout.num_steps 6, rollout.noise_level [0.9], kl.weight 0.0, advantage.name global_std, model.lora.rank 64",
     "flux_dev_flow_grpo_fast": "rollout.kernel cps, rollout.noise_level [0.8], rollout.window.high 3, objective.clip_high 1e-5, advantage.name group_zscore",
     "flux_dev_grpo_guard": "objective.clip_low 4e-6, objective.clip_high 4e-6, rollout.noise_level [0.9], optimizer.learning_rate 1e-4",
     "flux_dev_awm": "matching.num_times 4, matching.time_fraction 0.7, anchor.weight 0.1, kl.weight 0.0, advantage.clip 1.0, rollout.group_size 16",
-    "flux_dev_g2rpo": "rollout.num_steps 16, rollout.group_size 12, rollout.shift 3.0, advantage.aggregate advantages, model.height 720, training.iterations 300",
+    "flux_dev_g2rpo": "rollout.num_steps 16, rollout.group_size 12, rollout.shift 3.0, advantage.aggregate advantages, model.height 720",
     "flux_dev_g2rpo_8gpus": "optimizer.learning_rate 2e-6, rollout.groups_per_iteration 16, model.adapter full, training.sharding fsdp2",
     "sd35_medium_flow_grpo_nodes": "rollout.groups_per_iteration 48, objective.updates_per_iteration 2",
     "sd35_medium_flow_grpo_fast_nodes": "rollout.groups_per_iteration 64",
@@ -170,7 +171,7 @@ def launch_of(name: str) -> tuple[Path, int]:
     """The launcher's file and the processes of the command that a config's comment gives."""
     comment = "".join(line[1:].rstrip("\\") for line in file_of(name).read_text().splitlines() if line.startswith("#"))
     words = shlex.split(comment[comment.index("accelerate launch") :])
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(itertools.pairwise(words))
     file = ROOT / options["--config_file"]
     settings = yaml.safe_load(file.read_text())
     machines, processes = (int(options.get(f"--num_{what}", settings[f"num_{what}"])) for what in ("machines", "processes"))
@@ -198,8 +199,6 @@ def test_the_command_in_a_config_for_several_gpus_starts_it_with_equal_shares(na
     assert config.rollout.groups_per_iteration % processes == 0
     sharded = config.training.sharding == "fsdp2"
     assert file.stem == ("nodes" if name.endswith("nodes") else "eight_gpus_fsdp2" if sharded else "eight_gpus_ddp")
-    per_process = config.rollout.groups_per_iteration // processes * config.rollout.group_size
-    assert config.training.rows_per_forward <= per_process * (4 if config.rollout.guidance_scale > 1 else 3) * (8 if config.rollout.plan == "granular" else 1)
 
 
 @pytest.mark.parametrize("name", [f"{model}_{method}" for model in MODELS for method in METHODS])

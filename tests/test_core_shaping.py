@@ -15,7 +15,6 @@ from flowrl.core.shaping import (
     cluster_centres,
     collinear,
     constraint_gate,
-    constraint_pairs,
     exit_decay,
     exploration_reward,
     gap,
@@ -188,15 +187,6 @@ def test_constraint_gate_d11_has_no_gradient_through_the_kl():
     assert not constraint_gate(row(0), row(0), flags(1)[None], log_ratio, kl_max=10.0).requires_grad
 
 
-def test_constraint_pairs_d11_take_the_best_that_keeps_and_the_worst_that_breaks():
-    rewards = row(3, 7, 7, 9, 1, 1, 5, 6, NAN)
-    satisfied = flags(1, 1, 1, 0, 0, 0, 1, 1, 0)
-    group, valid = ids(0, 0, 0, 0, 0, 0, 1, 1, 1), flags(1, 1, 1, 1, 1, 1, 1, 1, 0)
-    assert constraint_pairs(rewards, satisfied, group, valid, 3).tolist() == [[1, 4]]  # group 1 has no violation, group 2 nobody
-    assert constraint_pairs(rewards, ~satisfied, group, valid, 3).tolist() == [[3, 0]]
-    assert constraint_pairs(rewards, satisfied, group, ~valid, 3).shape == (0, 2)
-
-
 # --- heads ----------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -307,15 +297,15 @@ def test_marginal_gains_d19_telescope_and_are_the_rewards_of_a_modular_function(
 
 def test_win_rate_a20_by_hand():
     preference = torch.tensor([[NAN, 1.0, 0.5], [0.0, NAN, 0.25], [0.5, 0.75, NAN]], dtype=torch.float64)
-    same(win_rate(preference, ids(0, 0, 0), flags(1, 1, 1), 1), 0.75, 0.125, 0.625)
-    same(win_rate(preference, ids(0, 0, 0), flags(1, 1, 0), 1), 1, 0, 0)
-    same(win_rate(preference, ids(0, 0, 1), flags(1, 1, 1), 2), 1, 0, 0.5)
+    same(win_rate(preference, ids(0, 0, 0), flags(1, 1, 1)), 0.75, 0.125, 0.625)
+    same(win_rate(preference, ids(0, 0, 0), flags(1, 1, 0)), 1, 0, 0)
+    same(win_rate(preference, ids(0, 0, 1), flags(1, 1, 1)), 1, 0, 0.5)
 
 
 @given(st.integers(0, 10_000), st.floats(0.05, 5))
 def test_win_rate_a20_sums_to_half_the_group(seed, temperature):
     _, scores, group, valid = batch(seed)
-    rate = win_rate(preferences(scores, temperature=temperature), group, valid, 4)
+    rate = win_rate(preferences(scores, temperature=temperature), group, valid)
     for number in range(4):
         members = valid & (group == number)
         assert rate[members].sum().item() == pytest.approx(members.sum().item() / 2)
@@ -324,10 +314,10 @@ def test_win_rate_a20_sums_to_half_the_group(seed, temperature):
 @given(st.integers(0, 10_000))
 def test_win_rate_a20_of_certain_comparisons_is_the_normalised_rank(seed):
     _, scores, group, valid = batch(seed)
-    rate = win_rate(preferences(scores, temperature=0.0), group, valid, 4)
+    rate = win_rate(preferences(scores, temperature=0.0), group, valid)
     rank, count = group_rank(scores, group, valid, 4), torch.bincount(group[valid], minlength=4)[group]
     several = valid & (count > 1)
-    torch.testing.assert_close(rate[several], (rank / (count - 1))[several].double(), **FP64)
+    torch.testing.assert_close(rate[several], (rank.double() / (count - 1))[several], **FP64)
     assert preferences(row(2, 2), temperature=0.0).tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
@@ -454,7 +444,7 @@ def test_shaping_keeps_float32():
         weighted_heads(one[None], torch.ones(1)),
         progress_reward(one, ~valid, valid),
         marginal_gains(one[None], valid[None], torch.zeros(1)),
-        win_rate(preferences(one), group, valid, 1),
+        win_rate(preferences(one), group, valid),
         novelty(one, one, valid, group, valid, 1),
         position_bonus(one, one, one, valid, group, valid, 1),
         downscale_inserted(one, valid),

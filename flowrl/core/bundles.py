@@ -150,9 +150,7 @@ def risk_advantages(
         share = 1.0 if mode == "track" else 0.5
         q_low, q_high = q_low + share * (quantiles.low - q_low), q_high + share * (quantiles.high - q_high)
     q_low, q_high = q_low[:, None], q_high[:, None]
-    between = (scores - q_low).clamp_min(0) - (scores - q_high).clamp_min(0)
-    if baseline:
-        between = between + q_low - q_high
+    between = torch.minimum(torch.maximum(scores, q_low), q_high) - (q_high if baseline else q_low)  # the same, and exactly 0 beyond the quantile
     value = (mixture * -(q_low - scores).clamp_min(0) / (low + eps) + between / (high - low + eps)) / (mixture + 1)
     if normalize:
         row = torch.arange(len(scores))[:, None].expand_as(scores).flatten()

@@ -8,7 +8,8 @@ translated: the docstrings say which. ``margin``, ``sft_weight`` and ``label_smo
 so that every pair loss is called alike. For images log-probabilities are minus mean squared velocity errors, see `preference`: a beta for sums of thousands
 of elements becomes a beta for their mean times that number. What the losses read besides `dpo`'s fields: `PAIR_NEEDS`.
 
-Pairs of identical responses have h = 0 and gradient 0 but count in a mean; leave them and pairs with an empty response out (`pair_tokens.comparable`).
+Pairs of identical responses have h = 0 and nothing to say (p3o's separate clips can even push them), yet count in a mean; leave them and pairs with an
+empty response out (`pair_tokens.comparable`).
 A masked pair has loss 0 and no gradient. All return the metrics of `preference.dpo`, from the log-ratios that the loss is made of.
 """
 
@@ -255,7 +256,7 @@ def p3o(
     Raises:
         ValueError: a field is missing, or an unknown form.
     Source:
-        arXiv:2310.00212, from three notes on it; the joint clip is unverified: our reading. In it log-ratios beyond 20 are cut before exp.
+        arXiv:2310.00212, from three notes on it; the joint clip is unverified: our reading. Log-ratios are cut at +-20 before exp, as in verl.
     """
     chosen, rejected = log_ratios("p3o", pairs, "previous")
     better, worse = pair_fields("p3o", pairs, "chosen_reward", "rejected_reward")
@@ -263,17 +264,17 @@ def p3o(
     if beta != 0:
         now = log_ratios("p3o", pairs)
         half = half - 0.5 * beta * ((now[0] - chosen) - (now[1] - rejected)).detach()
+    cut = [side.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) for side in (chosen, rejected)]
     if form == "separate":
         zero = torch.zeros_like(chosen)
         sides = [
             clipped_surrogate(Decisions(ratio, zero, advantage, pairs.mask), clip_low=clip, clip_high=clip)
-            for ratio, advantage in ((chosen, half), (rejected, -half))
+            for ratio, advantage in zip(cut, (half, -half), strict=True)
         ]
         loss = sides[0].loss + sides[1].loss
         stopped = sum((side.metrics[name] for side in sides for name in ("clipped_low", "clipped_high")), zero) / 2
     elif form == "joint":
-        ratios = [side.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() for side in (chosen, rejected)]
-        gap = ratios[0] - ratios[1]
+        gap = cut[0].exp() - cut[1].exp()
         beyond = (half * gap > half.abs() * 2 * clip).detach()
         loss = -half * torch.where(beyond, gap.detach().clamp(-2 * clip, 2 * clip), gap)
         stopped = beyond.to(loss)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from flowrl.core.advantages import group_statistics
+from flowrl.core.list_losses import win_rates
 
 __all__ = [
     "centre_distance",
     "cluster_centres",
     "collinear",
     "constraint_gate",
-    "constraint_pairs",
     "exit_decay",
     "exploration_reward",
     "gap",
@@ -138,32 +138,11 @@ def constraint_gate(rewards: Tensor, baseline: Tensor, satisfied: Tensor, log_ra
         satisfied: [B, H] bool, one column per judge; H = 0 is no constraint.
         log_ratio: [B], u = sum over the decisions of log_prob - ref_log_prob; a constant. kl_max: > 0; inf = no KL term.
     Source:
-        arXiv:2409.20370, from the paper's text. Its CRRAFT is `transforms.transform` with ``best`` on the satisfying samples, times the calibrated reward.
+        arXiv:2409.20370, from the paper's text. Its CODPO has `pairing_rules.constrained_pairs`; its CRRAFT is `transforms.transform` with ``best`` on the
+        satisfying samples, times the calibrated reward (the weight: our reading).
     """
     calibrated = torch.sigmoid(rewards - baseline) * (1 - log_ratio.detach() / kl_max).clamp_min(0)
     return torch.where(satisfied.all(1), calibrated, torch.zeros_like(calibrated))
-
-
-def constraint_pairs(rewards: Tensor, satisfied: Tensor, group: Tensor, valid: Tensor, num_groups: int) -> Tensor:
-    """CGPO (CODPO): of each group the best sample that keeps the constraints, and the worst that does not: pairs [N, 2] int64, N <= P.
-
-    A group without one of the two kinds gives no pair. Among equals the first one counts. On the host: the number of pairs depends on the values.
-
-    Args:
-        rewards: [B]. satisfied, valid: [B] bool. group: [B] int64 in 0..P-1.
-    Source:
-        As `constraint_gate`; the loss is DPO plus the chosen answer's negative log-likelihood.
-    """
-    last = len(rewards)
-
-    def first_of_top(score: Tensor, members: Tensor) -> Tensor:
-        score = torch.where(members, score, -torch.inf)
-        top = torch.full((num_groups,), -torch.inf, dtype=score.dtype).scatter_reduce_(0, group, score, "amax")
-        number = torch.where(members & (score == top[group]), torch.arange(last), last)
-        return torch.full((num_groups,), last).scatter_reduce_(0, group, number, "amin")
-
-    pairs = torch.stack([first_of_top(rewards, valid & satisfied), first_of_top(-rewards, valid & ~satisfied)], 1)
-    return pairs[(pairs < last).all(1)]
 
 
 def weighted_heads(heads: Tensor, weights: Tensor) -> Tensor:
@@ -260,7 +239,7 @@ def preferences(scores: Tensor, *, temperature: float = 1.0) -> Tensor:
     return torch.sigmoid(margin / temperature) if temperature > 0 else (margin.sign() + 1) / 2
 
 
-def win_rate(preference: Tensor, group: Tensor, valid: Tensor, num_groups: int) -> Tensor:
+def win_rate(preference: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     """Self-play (SPO): how often a sample beats the other valid ones of its group, [B] in [0, 1]; 1/2 for a sample alone, 0 where not valid.
 
     Where P_ij + P_ji = 1 a group's rates sum to G / 2. With comparisons of certain outcome the rate is the rank / (G - 1).
@@ -268,13 +247,12 @@ def win_rate(preference: Tensor, group: Tensor, valid: Tensor, num_groups: int) 
     Args:
         preference: [B, B] float, P(i beats j), 1/2 for a tie; read within groups only, off the diagonal. group: [B] int64. valid: [B] bool.
     Source:
-        arXiv:2401.04056. `rewards.win_rate` asks a judge for the comparisons.
+        arXiv:2401.04056. `list_losses.win_rates` against the own group; `rewards.win_rate` asks a judge for the comparisons.
     """
     rivals = (group[:, None] == group[None]) & valid[:, None] & valid[None]
     rivals = rivals & ~torch.eye(len(group), dtype=torch.bool, device=group.device)
-    number = rivals.sum(1)
-    rate = torch.where(rivals, preference, torch.zeros_like(preference)).sum(1) / number.clamp_min(1)
-    return torch.where(valid, torch.where(number > 0, rate, torch.full_like(rate, 0.5)), torch.zeros_like(rate))
+    rate, met = win_rates(preference, rivals)
+    return torch.where(met, rate, 0.5 * valid.to(rate))
 
 
 def gap(rewards: Tensor, reference: Tensor, group: Tensor) -> Tensor:

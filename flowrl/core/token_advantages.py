@@ -106,8 +106,8 @@ def token_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tenso
     Source:
         REINFORCE++, arXiv:2501.03262; verl, verified in code.
     """
-    zero = torch.zeros_like(rewards)
-    returns = _backward(torch.where(mask, rewards, zero), torch.where(mask, gamma, 1.0).to(rewards.dtype))
+    zero, one = torch.zeros_like(rewards), torch.ones_like(rewards)
+    returns = _backward(torch.where(mask, rewards, zero), torch.where(mask, gamma * one, one))
     return torch.where(mask, returns, zero)
 
 
