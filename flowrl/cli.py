@@ -371,7 +371,9 @@ def estimate(
             typer.echo("")
             _print_noted(TIME_HEAD, *time_lines(measured))
     if as_json:
-        typer.echo(json.dumps(expected.as_dict() | {"memory": predicted.as_dict() if predicted else None, "measured": measured.as_dict() if measured else None}))
+        typer.echo(
+            json.dumps(expected.as_dict() | {"memory": predicted.as_dict() if predicted else None, "measured": measured.as_dict() if measured else None})
+        )
 
 
 @app.command(epilog=examples("flowrl report runs/first"))

@@ -22,9 +22,9 @@ from flowrl.mistakes import did_you_mean
 from flowrl.pairs import SIDES
 from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
+from flowrl.reward_metrics import join_scores
 from flowrl.rollout_log import SavedRollout, load_rollouts, save_rollout
 from flowrl.tracking import explain_full_disk, refuse_full_folder, replace_file
-from flowrl.reward_metrics import join_scores
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 

@@ -113,7 +113,7 @@ class ModelConfig(Section):
     prompt_storage: Literal["device", "host", "disk"] = Field("device", description="where embeddings of prompts are kept; disk: files mapped into memory")
     prompt_folder: Text | None = Field(None, description="of embeddings on disk; runs and models may share it")
     attention_backend: Text | None = Field(None, description="one of diffusers' attention backends, such as flash or sage; null = torch's own")
-    compile: Literal["off", "blocks", "whole"] = Field(
+    compile: Annotated[Literal["off", "blocks", "whole"], BeforeValidator(lambda value: "off" if value is False else value)] = Field(
         "off", description="torch.compile of the one network that samples and trains: its repeated blocks (fast to compile), or the whole"
     )
     tf32: Flag = Field(False, description="float32 matrix products of the process in TF32, on GPUs that have it; nothing changes for bfloat16")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from flowrl.config import Config, dump_config, list_methods, load_config
 from flowrl.mistakes import did_you_mean, leaf_keys
@@ -347,3 +348,10 @@ def test_a_config_that_extends_nothing_usable(tmp_path: Path, text: str, message
     (tmp_path / "top.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(tmp_path / "top.yaml")
+
+
+def test_off_without_quotes_is_no_to_yaml_and_off_to_compile() -> None:
+    base = {"run_dir": "runs/a", "rewards": ["scene"]}
+    assert Config.model_validate({**base, "model": {"compile": False}}).model.compile == "off"
+    with pytest.raises(ValidationError):
+        Config.model_validate({**base, "model": {"compile": True}})

@@ -293,6 +293,8 @@ def test_a7_opo_leaves_samples_without_tokens_out_of_the_baseline_and_sums_to_0_
     result = centred("length_weighted", [1.0, 0.0, 9.0], [0, 0, 0], lengths=torch.tensor([1, 3, 0]))
     torch.testing.assert_close(result, tensor([0.75, -0.25, 8.75]), **FP64)
     assert (result[:2] * tensor([1.0, 3.0])).sum() == 0
+    assert centred("length_weighted", [1.0, 5.0], [0, 0], lengths=torch.tensor([2, 0])).tolist() == [0.0, 0.0]  # one is left: nothing to compare
+    assert centred("length_weighted", [1.0, 5.0], [0, 0], lengths=torch.tensor([0, 0]), singleton="raw").tolist() == [1.0, 5.0]
 
 
 @given(st.integers(0, 1000))

@@ -1,6 +1,7 @@
 """Pair losses: values by hand, gradients by finite differences, special cases, invariances, and Flow-DPO's loss as `dpo` on velocity errors."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -283,6 +284,36 @@ def test_metrics_agree_with_each_other_and_carry_no_gradient(name, lengths):
     torch.testing.assert_close(metrics["margin"], SETTINGS["beta"] * (metrics["chosen_log_ratio"] - metrics["rejected_log_ratio"]), **FP64)
     assert metrics["accuracy"].equal((metrics["margin"] > 0).double())
     assert 0 < metrics["accuracy"].mean() < 1
+
+
+@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+def test_what_other_losses_read_has_no_effect(name):
+    pairs = draw(15, lengths=True)
+    names = [column.name for column in fields(Pairs)][7:]
+    assert names[0] == "previous_chosen"
+    assert all(getattr(pairs, column) is None for column in names)
+    full = replace(pairs, **{column: torch.full_like(pairs.chosen, torch.nan) for column in names})
+    assert PAIR_OBJECTIVES[name](full, **SETTINGS).loss.equal(PAIR_OBJECTIVES[name](pairs, **SETTINGS).loss)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])
+def test_identical_responses_teach_nothing(name):
+    pairs = draw(16, lengths=True)
+    twins = replace(pairs, rejected=pairs.chosen, reference_rejected=pairs.reference_chosen, rejected_length=pairs.chosen_length)
+    (gradient,) = torch.autograd.grad(PAIR_OBJECTIVES[name](twins, **SETTINGS).loss.sum(), pairs.chosen)
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+def test_empty_responses_are_finite_and_no_pair_at_all_is_0(name):
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    pairs = replace(draw(17, shape=(1, 1), lengths=True), chosen=zero.clone().requires_grad_(), reference_chosen=zero, chosen_length=zero)
+    objective = PAIR_OBJECTIVES[name](pairs, **SETTINGS)
+    assert objective.loss.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients(objective, pairs))
+    objective = PAIR_OBJECTIVES[name](replace(pairs, mask=torch.zeros(1, 1, dtype=torch.bool)), **SETTINGS)
+    assert objective.loss.item() == 0
+    assert all(g.item() == 0 for g in gradients(objective, pairs))
 
 
 @pytest.mark.parametrize("missing", ["reference_chosen", "reference_rejected"])

@@ -132,15 +132,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
         V(s_l) = V(s_(l-1)), not verified in code.
     """
     rewards, values = rewards.detach(), values.detach()
-    zero = torch.zeros_like(rewards)
+    zero, one = torch.zeros_like(rewards), torch.ones_like(rewards)
     value = torch.where(mask, values, zero)
-    ahead = _backward(value, torch.where(mask, zero, torch.ones_like(zero)))  # the value at the first decision from here on
+    ahead = _backward(value, torch.where(mask, zero, one))  # the value at the first decision from here on
     value_next = torch.cat([ahead[:, 1:], zero[:, :1]], 1)
     if done is not None:
         value_next = torch.where(_is_last(mask) & ~done[:, None], value, value_next)
     delta = torch.where(mask, rewards + gamma * value_next - value, zero)
-    factor = gamma * (lam[:, None] if isinstance(lam, Tensor) else torch.as_tensor(lam, dtype=zero.dtype, device=zero.device))
-    advantages = torch.where(mask, _backward(delta, torch.where(mask, factor, torch.ones_like(zero))), zero)
+    factor = gamma * (lam[:, None] if isinstance(lam, Tensor) else lam) * one
+    advantages = torch.where(mask, _backward(delta, torch.where(mask, factor, one)), zero)
     return Gae(advantages, torch.where(mask, advantages + value, zero))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -125,7 +125,7 @@ class PromptCache:
 
     def _write(self, text: str, entry: dict[str, Tensor]) -> None:
         file = self._file(text)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")  # processes on other machines may have this one's number
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(entry, temporary)
