@@ -59,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"no space left on the disk ({error.filename or 'while writing'}); free some and run the command again", code=1)
+        from flowrl.memory import shortage
         from flowrl.types import UserError
 
         if isinstance(error, UserError):
             return _fail(str(error))
+        if said := shortage(error):
+            return _fail(said, code=1)
         raise
 
 

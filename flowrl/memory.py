@@ -9,7 +9,7 @@ import torch
 
 from flowrl.types import UserError
 
-__all__ = ["halved"]
+__all__ = ["halved", "shortage"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -32,3 +32,14 @@ def halved(setting: str, size: int, device: torch.device, *, help: str) -> int:
     smaller = (size + 1) // 2
     _LOGGER.warning("%s: %d do not fit into the memory of %s; from now on %d", setting, size, device, smaller)
     return smaller
+
+
+def shortage(error: Exception) -> str | None:
+    """What to say where memory ran out and there is no smaller part to step back to: loading, prompts, the first update. None = another error."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    said = str(error).partition(". ")[0].rstrip(".")
+    return (
+        f"a device's memory ran out ({said}), where no smaller part would help; set model.text_encoders: offload, model.dtype: bfloat16, adapter: lora, "
+        "optimizer.name: adamw_8bit or smaller pictures, or shard the model over several devices; `flowrl estimate CONFIG` predicts what a run takes"
+    )

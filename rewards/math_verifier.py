@@ -12,7 +12,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 __all__ = ["judge"]
 
-logging.disable(logging.WARNING)  # it warns at every call that its time limits are off
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call that its time limits are off
 _LATEX = re.compile(r"\$|\\\(|\\\[|\\f?boxed|\\begin\{")
 
 

@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub.errors
 import pytest
 from toys import PROMPTS, Launcher
 
@@ -180,6 +182,22 @@ def test_a_model_folder_that_is_not_a_pipeline(
 def test_a_hub_id_that_cannot_be_loaded(config_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert fail(config_file, capsys, "model.path=nobody/nothing").startswith("model.path: nobody/nothing could not be loaded as a pipeline")
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"), [("GatedRepoError", "it is gated: accept its licence"), ("LocalEntryNotFoundError", "the hub could not be reached")]
+)
+def test_what_a_hub_says_is_passed_on(config_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str) -> None:
+    """diffusers calls a gated model an invalid identifier, and one that it could not ask for a folder without an index."""
+    error = getattr(huggingface_hub.errors, kind)
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error.__new__(error, "no")  # what they are made of changes between releases
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", refuse)
+    line = fail(config_file, capsys, "model.path=black-forest-labs/FLUX.1-dev")
+    assert line.startswith("model.path: black-forest-labs/FLUX.1-dev could not be loaded as a pipeline: ")
+    assert f"({advice}" in line
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------------------------------------

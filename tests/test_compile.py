@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from flowrl.config import Config
 from flowrl.policies.base import DiffusionPolicy
@@ -129,3 +130,38 @@ def test_a_network_without_known_blocks_is_one_line(pipeline: Path, monkeypatch:
     monkeypatch.setattr(SD3Transformer2DModel, "_no_split_modules", None)
     with pytest.raises(UserError, match=r"model\.compile: diffusers names no repeated blocks of SD3Transformer2DModel; use whole"):
         policy_of(pipeline, "blocks", "lora")
+
+
+@pytest.mark.parametrize("mode", ["blocks", "whole"])
+def test_the_frozen_copy_of_full_fine_tuning_is_compiled_too(pipeline: Path, graphs: list[int], mode: str) -> None:
+    policy = policy_of(pipeline, mode, "full", keep_reference=True)
+    asked = rows(policy)
+    with policy.reference():
+        policy.velocity()(*asked)
+    assert len(graphs) > 0
+
+
+def test_the_frozen_copy_has_the_attention_backend_of_the_trained_network(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, str]] = []
+    monkeypatch.setattr(SD3Transformer2DModel, "set_attention_backend", lambda self, name: chosen.append((id(self), name)))
+    settings = ModelConfig(path=str(pipeline), max_sequence_length=0, adapter="full", attention_backend="flash")
+    policy = make_policy(settings, CPU, keep_reference=True)
+    assert chosen == [(id(policy.network), "flash"), (id(policy.reference_network), "flash")]
+
+
+@pytest.mark.slow
+def test_no_block_falls_back_for_the_number_of_its_graphs(pipeline: Path, graphs: list[int]) -> None:
+    """Kinds of blocks, batch sizes, with and without gradient, with and without adapters: more than the 8 graphs that torch allows by itself."""
+    policy = policy_of(pipeline, "blocks", "lora")
+    counters.clear()
+    for count in (3, 5):
+        with torch.no_grad():
+            policy.velocity()(*rows(policy, count))
+        policy.velocity()(*rows(policy, count))
+        with policy.reference():
+            policy.velocity()(*rows(policy, count))
+    blocks = len(policy.network.transformer_blocks)
+    graphs.clear()
+    policy.velocity()(*rows(policy, 5))
+    assert len(graphs) == blocks
+    assert counters["frames"]["total"] == counters["frames"]["ok"] > 8

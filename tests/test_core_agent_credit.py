@@ -92,6 +92,8 @@ def test_g1_a_single_trajectory_has_0_or_its_reward():
     for episode_over in ("trajectories", "steps"):
         assert gigpo(*arguments, episode_over=episode_over).tolist() == [[0.0, 0.0]]
     assert gigpo(*arguments, singleton="raw").tolist() == [[5.0, 5.0]]
+    one = (tensor([5.0]), tensor([[1.0]]), torch.tensor([0]), torch.tensor([True]), torch.tensor([[True]]), torch.tensor([[0]]), 1, 1)
+    assert gigpo(*one, episode_over="steps", singleton="raw").tolist() == [[5.0]]
 
 
 def test_an_unknown_episode_is_named():

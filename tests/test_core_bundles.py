@@ -66,7 +66,7 @@ def test_the_quantiles_start_at_the_first_batch_and_then_take_steps():
     scores = tensor([0.0, 1.0, 2.0, 3.0, 4.0])
     state = update_quantiles(Quantiles(), scores, low=0.25, high=0.9)
     assert (state.low, state.high, state.seen) == (1.0, pytest.approx(3.6), True)
-    state = update_quantiles(state, tensor([0.0, 0.5, 3.0, 3.7]), low=0.25, high=0.9, rate=0.1)  # half lies below 1, three quarters below 3.6
+    state = update_quantiles(state, tensor([0.0, 0.5, 1.0, 3.7]), low=0.25, high=0.9, rate=0.1)  # half lies below 1, three quarters below 3.6
     assert (state.low, state.high) == (pytest.approx(1 + 0.1 * (0.25 - 0.5)), pytest.approx(3.6 + 0.1 * (0.9 - 0.75)))
     assert update_quantiles(state, tensor([])) == state
     assert update_quantiles(Quantiles(), tensor([])) == Quantiles()

@@ -1,4 +1,4 @@
-"""Centres and scales: by hand, special cases, the identities of text.md (A1 to A11, A20, A21, section 12), edges."""
+"""Centres and scales: by hand, special cases, the identities of text.md (A1 to A11, A21, section 12), edges."""
 
 import json
 import math
@@ -21,7 +21,6 @@ from flowrl.core.estimators import (
     combine_heads,
     group_success,
     scale,
-    win_rate,
 )
 
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -117,14 +116,6 @@ def test_the_running_baseline_has_no_bias_and_is_restored():
 
 def test_the_running_baseline_with_decay_0_is_the_last_batch():
     assert RewardAverage(decay=0.0).update(3.0).update(5.0).value(0.0) == 5.0
-
-
-def test_win_rates_by_hand():
-    preference = tensor([[0.9, 0.8, 0.5, 1.0], [0.2, 0.9, 0.4, 1.0], [0.5, 0.6, 0.9, 1.0], [0.0, 0.0, 0.0, 0.9]])
-    result = win_rate(preference, torch.tensor([0, 0, 0, 1]), torch.ones(4, dtype=torch.bool))
-    torch.testing.assert_close(result, tensor([0.65, 0.3, 0.55, 0.0]), **FP64)
-    result = win_rate(preference, torch.zeros(4, dtype=torch.int64), torch.tensor([True, True, False, False]))
-    torch.testing.assert_close(result, tensor([0.8, 0.2, 0.0, 0.0]), **FP64)
 
 
 # --- the functions of core.advantages are special cases ----------------------------------------------------------------------------------------------
@@ -353,21 +344,13 @@ def test_a10_rewards_are_first_scaled_to_0_to_1():
     success, known = group_success(rewards, torch.tensor(group), everyone(rewards), 3, (0.0, 1.0))
     torch.testing.assert_close(success, tensor([1 / 3, 0.75, 0.0]), **FP64)
     assert known.tolist() == [True, True, False]
+    assert group_success(tensor([2.0, -1.0]), torch.tensor([0, 1]), everyone([0, 0]), 2, (0.0, 1.0))[0].tolist() == [1.0, 0.0]  # beyond the bounds
 
 
 @pytest.mark.parametrize("bounds", [None, (0.0, math.inf), (-math.inf, 1.0), (1.0, 1.0), (NAN, 1.0)])
 def test_a10_an_unbounded_reward_is_refused(bounds):
     with pytest.raises(ValueError, match="both finite"):
         estimate("group", "beta", [0.0, 1.0], [0, 0], scaling={"bounds": bounds})
-
-
-def test_a20_a_bradley_terry_score_of_infinite_scale_gives_the_normalised_rank_and_rewards_sum_to_half_the_group():
-    score = tensor([0.3, 2.0, -1.0, 1.0])
-    group, valid = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
-    difference = score[:, None] - score[None]
-    rank = torch.tensor([1.0, 3.0, 0.0, 2.0], dtype=torch.float64) / 3
-    torch.testing.assert_close(win_rate(torch.sigmoid(1e4 * difference), group, valid), rank, **FP64)
-    torch.testing.assert_close(win_rate(torch.sigmoid(difference), group, valid).sum(), tensor(2.0), **FP64)
 
 
 @pytest.mark.parametrize("kind", ["group", "leave_one_out", "length_weighted"])

@@ -103,6 +103,7 @@ def test_length_rank_d2_leaves_out_who_has_no_score_and_groups_without_anybody()
 def test_relative_length_d20_by_hand():
     found = relative_length(row(10, 20, 30, 40, 10, 40), flags(1, 1, 1, 1, 0, 0), ids(0, 0, 0, 0, 0, 0), flags(1, 1, 1, 1, 1, 1), 1)
     same(found, 0.5, 0.5 - 1 / 3, 0.5 - 2 / 3, -0.5, 0, -0.5)
+    same(relative_length(row(10, 20, 90), flags(1, 1, 1), ids(0, 0, 0), flags(1, 1, 0), 1), 0.5, -0.5, 0)
 
 
 def test_relative_length_d20_of_equal_lengths_of_one_and_of_none():

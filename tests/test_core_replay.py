@@ -65,7 +65,7 @@ def test_resampling_e7_follows_the_weights_and_draws_nothing_from_nobody():
 
 
 def test_replay_buffer_e7_keeps_the_last_successes_of_each_task():
-    buffer = ReplayBuffer(capacity=2).updated(["a", "a", "b", "a", "a", "a"], [1, 2, 3, 4, 5, 6], row(1, 0.5, 0.1, 0, NAN, 2), flags(1, 1, 1, 1, 0, 1))
+    buffer = ReplayBuffer(capacity=2).updated(["a", "a", "b", "a", "a", "a"], [1, 2, 3, 4, 5, 6], row(1, 0.5, 0.1, 0, 7, 2), flags(1, 1, 1, 1, 0, 1))
     assert buffer.stored == {"a": (2, 6)}
     assert ReplayBuffer.from_state(json.loads(json.dumps(buffer.state_dict()))) == buffer
     assert ReplayBuffer().stored == {}
@@ -144,6 +144,14 @@ def test_guide_e6_adds_guided_samples_beside_the_group():
     assert replacements == [Replacement(1, 0, i, None) for i in range(3)] + [Replacement(3, 0, i, None) for i in range(3, 6)]
     assert ladder == HintLadder()
     assert not GUIDE.trains_hinted and SCAF.trains_hinted and GHPO.trains_hinted
+
+
+def test_hints_e6_that_ask_all_levels_replace_a_group_by_the_lowest_that_helps():
+    rule = HintRule(levels=(0.25, 0.5, 0.75), climb="all", tries=None, place="group", trains_hinted=True)
+    ladder = HintLadder.start(rule, flags(0, 1), 1)
+    replacements, ladder = ladder.advance(rule, [False, False, False, True, True, True], MEMBERS)
+    assert replacements == [Replacement(1, 1, 2, 2), Replacement(1, 1, 3, 3)]
+    assert ladder == HintLadder()
 
 
 @given(st.sampled_from([SCAF, GHPO, GUIDE]), st.integers(1, 100))

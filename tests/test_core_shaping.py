@@ -244,6 +244,12 @@ def test_cluster_centres_d16_by_hand():
     assert cluster_centres(points[:0], radius=1.0, least=1).shape == (0, 2)
 
 
+def test_cluster_centres_d16_end_at_their_border():
+    # (0, 0) alone is dense; (1, 0) is on its border, and (2, 0) is near to that only
+    points = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1], [2, 0]], dtype=torch.float64)
+    assert cluster_centres(points, radius=1.0, least=4).tolist() == [[0, 0.25]]
+
+
 def test_cluster_centres_d16_follow_a_long_chain():
     points = torch.stack([torch.arange(20.0), torch.zeros(20)], 1)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
     assert cluster_centres(points, radius=1.0, least=2).tolist() == [[9.5, 0]]
@@ -268,7 +274,8 @@ def test_referee_reward_d17_of_two_candidates_ties_and_absent_ones():
     everybody = torch.ones(3, 2, dtype=torch.bool)
     same(referee_reward(torch.stack([row(1, 0), row(0, 1), row(2, 2)]), row(1, 0).repeat(3, 1), everybody), 1, -1, 0)
     same(referee_reward(row(1, 0)[None], row(3, 3)[None], everybody[:1]), 0)  # truth has no order
-    same(referee_reward(row(1, 0, NAN)[None], row(1, 0, NAN)[None], flags(1, 1, 0)[None]), 1)
+    same(referee_reward(row(1, 0, 5)[None], row(1, 0, -5)[None], flags(1, 1, 0)[None]), 1)
+    same(referee_reward(row(0, 1, 2)[None], row(1, 1, 2)[None], flags(1, 1, 1)[None]), 1)  # two pairs differ, both are right
     same(referee_reward(row(1)[None], row(1)[None], flags(1)[None]), 0)
 
 
@@ -337,6 +344,7 @@ def test_novelty_d7_by_hand():
     advantages, likelihood = row(0.9, 0.5, -1.0), row(-2, 0, -1)
     found = novelty(advantages, likelihood, flags(1, 1, 0), ids(0, 0, 0), flags(1, 1, 1), 1)
     same(found, 0.9 + 1 - math.exp(-1), 0.5, -1.0)
+    same(novelty(row(-0.5, 0.0, 0.5), likelihood, flags(1, 1, 1), ids(0, 0, 0), flags(1, 1, 1), 1), -0.5, 0.0, 0.5)  # only A > 0 gains
     capped = novelty(advantages, likelihood, flags(1, 1, 0), ids(0, 0, 0), flags(1, 1, 1), 1, scale=100.0, cap=0.5)
     same(capped, 1.35, 0.5, -1.0)
 
@@ -423,6 +431,7 @@ def test_anchoring_d14_follows_the_best_own_advantage():
     torch.testing.assert_close(anchor_inserted(advantages, inserted, group, valid, 2), row(-1, 1, 1.2, 0, 0, 0), rtol=1e-7, atol=1e-7)
     assert anchor_inserted(advantages, inserted, group, valid, 2, scale=1.0)[2] == advantages[1]  # T: the best own advantage
     assert anchor_inserted(advantages, flags(0, 0, 0, 0, 0, 0), group, valid, 2).equal(advantages)
+    assert anchor_inserted(row(1, 2, 0), flags(0, 0, 1), ids(0, 0, 0), flags(1, 1, 0), 1)[2] == 0  # no score
     assert anchor_inserted(row(-1, -2, 5), flags(0, 0, 1), ids(0, 0, 0), flags(1, 1, 1), 1)[2] == 0
 
 

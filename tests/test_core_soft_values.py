@@ -36,8 +36,8 @@ def value_of(rewards, temperature, dtype=torch.float64):
 
 def test_soft_values_by_hand():
     # temperature 1 / ln 2: exp(R / T) = 2^R; mean of 2 and 8 is 5, of 4 alone 4; the third group has nobody
-    rewards = torch.tensor([1.0, 2.0, 3.0, torch.nan], dtype=torch.float64)
-    group, valid = torch.tensor([0, 1, 0, 2]), torch.tensor([True, True, True, False])
+    rewards = torch.tensor([1.0, 2.0, 3.0, torch.nan, torch.nan], dtype=torch.float64)
+    group, valid = torch.tensor([0, 1, 0, 2, 0]), torch.tensor([True, True, True, False, False])
     value, known = soft_value(rewards, group, valid, 3, temperature=1 / math.log(2))
     torch.testing.assert_close(value, torch.tensor([math.log2(5), 2.0, 0.0], dtype=torch.float64), **FP64)
     assert known.tolist() == [True, True, False]
@@ -170,7 +170,7 @@ def test_item_26_no_state_no_loss_and_masked_places_do_not_matter(loss):
     (gradient,) = torch.autograd.grad(found.sum(), learner)
     assert gradient.isfinite().all()
     assert gradient[~MASK].eq(0).all()
-    nothing = loss(value, log_prob, reference, MASK, torch.zeros_like(MASK), rewards)
+    nothing = loss(value, log_prob, reference, MASK, torch.zeros_like(MASK), torch.full_like(rewards, torch.nan))
     assert nothing.eq(0).all()
     assert torch.autograd.grad(nothing.sum(), learner)[0].eq(0).all()
 

@@ -211,11 +211,11 @@ def test_a18_what_trains_the_policy_and_what_the_critic():
 
 
 def test_the_value_loss_by_hand():
-    # V, old, G: within the clip; beyond it, the clipped value is further off; beyond it towards the return, the unclipped is nearer
-    values, old, returns = tensor([[0.1, 1.0, 1.0, NAN]]), tensor([[0.0, 0.0, 0.0, 0.0]]), tensor([[1.0, -1.0, 2.0, 1.0]])
-    result = value_loss(values, old, returns, booleans("xxx."), clip=0.2)
-    torch.testing.assert_close(result, tensor([[0.5 * 0.81, 0.5 * 4.0, 0.5 * 3.24, 0.0]]), **FP64)
-    torch.testing.assert_close(value_loss(values, old, returns, booleans("xxx."), clip=math.inf), tensor([[0.405, 2.0, 0.5, 0.0]]), **FP64)
+    # V, old, G: within the clip; beyond it, away from the return; beyond it on either side, towards the return: the clipped value is further off
+    values, old, returns = tensor([[0.1, 1.0, 1.0, -1.0, NAN]]), torch.zeros(1, 5, dtype=torch.float64), tensor([[1.0, -1.0, 2.0, -2.0, 1.0]])
+    result = value_loss(values, old, returns, booleans("xxxx."), clip=0.2)
+    torch.testing.assert_close(result, tensor([[0.5 * 0.81, 0.5 * 4.0, 0.5 * 3.24, 0.5 * 3.24, 0.0]]), **FP64)
+    torch.testing.assert_close(value_loss(values, old, returns, booleans("xxxx."), clip=math.inf), tensor([[0.405, 2.0, 0.5, 0.5, 0.0]]), **FP64)
 
 
 def test_the_gradient_of_the_value_loss_matches_finite_differences_and_is_0_where_masked():
@@ -321,10 +321,10 @@ def test_step_entropies_and_advantages_go_from_tokens_to_steps_and_back():
 
 
 def test_empg_by_hand():
-    # scaled entropies 0, 1 | 1/2; gates before the mean: 1, e^-1 | e^-1/2; the first step is followed by one with clarity e^-1
-    result = gate_steps(tensor([2.0, -1.0]), tensor([[1.0, 3.0], [2.0, NAN]]), booleans("xx", "x."), bonus=0.5)
-    gates = tensor([1.0, math.exp(-1), math.exp(-0.5)])
-    raw = tensor([2.0, 2.0, -1.0]) * gates / gates.mean() + tensor([0.5 * math.exp(-1), 0.0, 0.0])
+    # scaled entropies 0, 1 | 1/2; gates before the mean: 1, e^-2 | e^-1; the first step is followed by one with clarity e^-1/2
+    result = gate_steps(tensor([2.0, -1.0]), tensor([[1.0, 3.0], [2.0, NAN]]), booleans("xx", "x."), gate=2.0, clarity=0.5, bonus=0.5)
+    gates = tensor([1.0, math.exp(-2), math.exp(-1)])
+    raw = tensor([2.0, 2.0, -1.0]) * gates / gates.mean() + tensor([0.5 * math.exp(-0.5), 0.0, 0.0])
     raw = raw - raw.mean()
     torch.testing.assert_close(result, torch.stack([raw[:2], torch.stack([raw[2], tensor(0.0)])]), rtol=1e-7, atol=1e-7)  # 1e-8 in the range
 

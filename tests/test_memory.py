@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from drills import RowCount, begin, difference, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import PROMPTS
 
+from flowrl.cli import main
 from flowrl.config import Config
 from flowrl.memory import halved
 from flowrl.optimizers import make_optimizer
 from flowrl.policies.families import make_policy
 from flowrl.policies.prompts import PromptCache
-from flowrl.sections import OptimizerConfig
+from flowrl.sections import ModelConfig, OptimizerConfig
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
@@ -271,3 +273,37 @@ def test_an_attention_backend_that_cannot_be_used_is_named(configure: Configure)
     with pytest.raises(UserError, match="model.attention_backend: telepathy cannot be used"):
         make_policy(configure("model.attention_backend=telepathy").model, CPU)
     make_policy(configure("model.attention_backend=native", "model.vae_slicing=true", "model.vae_channels_last=true").model, CPU)
+
+
+def test_memory_that_runs_out_where_nothing_can_be_halved_is_one_line(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139 GiB")
+
+    monkeypatch.setattr("flowrl.trainer.make_policy", refuse)
+    assert main(["train", str(config_file)]) == 1
+    found = capsys.readouterr().err
+    assert found.count("\n") == 1
+    assert found.startswith("error: a device's memory ran out (CUDA out of memory), where no smaller part would help; set model.text_encoders: offload")
+
+
+def test_embeddings_on_disk_belong_to_the_precision_of_the_encoders(pipeline: Path, tmp_path: Path) -> None:
+    """LoRA loads the encoders in model.dtype, full fine-tuning in float32."""
+    settings = {"path": str(pipeline), "dtype": "bfloat16", "prompt_storage": "disk", "prompt_folder": str(tmp_path / "prompts"), "max_sequence_length": 0}
+    found = []
+    for adapter in ("lora", "full"):
+        policy = make_policy(ModelConfig(**settings, adapter=adapter), CPU)
+        found.append(policy.prompts.take(policy.prompt_rows([PROMPTS[0]]))["embeds"])
+    assert [embeds.dtype for embeds in found] == [torch.bfloat16, torch.float32]
+
+
+def test_what_is_said_of_rollouts_in_host_memory_waits_there_too(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without memory know their device, whether this machine has it or not."""
+    policy = make_policy(configure().model, CPU)
+    policy.rows_per_forward = 2
+    monkeypatch.setattr(policy, "_forward", lambda x, sigma, prompt_row: torch.empty(x.shape, device="cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for place in ("cpu", "cuda:0"):
+            x = torch.empty(3, *policy.latent_shape, device=place)
+            assert str(policy.velocity(2.0)(x, torch.full((3,), 0.5), torch.zeros(3, dtype=torch.int64)).device) == place

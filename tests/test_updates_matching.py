@@ -345,11 +345,10 @@ def test_the_advantages_grow_over_the_ramp(configure: Configure) -> None:
 
 def test_the_critic_learns_from_the_states_and_shaped_rewards_of_the_iteration(configure: Configure) -> None:
     trainer = Trainer(configure(*AC, CRITIC, "critic={updates_per_iteration: 200, target_decay: 0.9}", "rewards=[toys:redness]"))
-    explained = [trainer.iterate(iteration)[0]["critic/explained_variance"] for iteration in (1, 2)]
+    assert trainer.iterate(1)[0]["critic/explained_variance"] is not None
     assert trainer.critic is not None
     drill = begin(trainer, 1)
     assert isinstance(drill.assignment, Samples)
-    assert explained[0] is not None
     # on the states that it was fitted to, the critic now says what they were worth
     rows = trainer.policy.prompt_rows([p.text for p in drill.prompts])
     leaves = all_of(drill)
@@ -359,7 +358,8 @@ def test_the_critic_learns_from_the_states_and_shaped_rewards_of_the_iteration(c
     seen = noised.batch(leaves)
     value = trainer.critic.value(seen.x, seen.sigma, seen.prompt_row, pooled=trainer.policy.pooled)
     target = drill.assignment.advantages.float().repeat_interleave(2)
-    assert torch.corrcoef(torch.stack([value, target]))[0, 1] > 0.5
+    found = torch.corrcoef(torch.stack([value, target]))[0, 1]
+    assert found > 0.5, found
 
 
 @pytest.mark.parametrize("method", [[*AWM, "advantage={name: group_zscore}"], [*NFT, "advantage={name: group_zscore}"]], ids=["awm", "nft"])

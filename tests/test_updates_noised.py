@@ -24,6 +24,7 @@ class Policy:
 
     rows_per_forward: int = 100
     latent_shape: tuple[int, ...] = SHAPE
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calls: list[int] = field(default_factory=list)
 
     def velocity(self, x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:

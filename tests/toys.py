@@ -175,7 +175,7 @@ def write_config(folder: Path, pipeline: Path) -> Path:
         "objective": {"clip_low": 1e-3, "clip_high": 1e-3, "updates_per_iteration": 1},
         "optimizer": {"learning_rate": 1e-2},
         "ema": {"decay": 0.9, "every": 1},
-        "training": {"iterations": 6, "checkpoint_every": 2, "device": "cpu"},
+        "training": {"iterations": 6, "checkpoint_every": 2, "device": "cpu", "max_invalid_share": 0.95},
         "evaluation": {"every": 3, "num_images": 6, "final_num_images": 8, "num_steps": 3, "grid_images": 3},
         "logging": {"tensorboard": False},
     }

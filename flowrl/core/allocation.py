@@ -46,7 +46,7 @@ def useful_groups(
     if drop == "equal":
         return high > low
     if drop == "all_best":
-        return (low < highest) & low.isfinite()
+        return low < highest  # inf of nobody
     raise ValueError(f"unknown kind {drop!r} of groups to drop; known: equal, all_best")
 
 

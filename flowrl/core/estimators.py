@@ -48,7 +48,6 @@ __all__ = [
     "combine_heads",
     "group_success",
     "scale",
-    "win_rate",
 ]
 
 CentreKind: TypeAlias = Literal["none", "batch", "group", "leave_one_out", "length_weighted", "virtual_max", "best_minus_second", "ema", "given"]
@@ -303,21 +302,6 @@ def check_groups(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: int,
     counted = valid if stats_mask is None else valid & stats_mask
     _, std, count = group_statistics(rewards, group, counted, num_groups, 0)
     return GroupCheck(count == 1, (count >= 2) & (std == 0))
-
-
-def win_rate(preference: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """Self-play reward: the mean over the others of a sample's group of the probability that it is preferred to them, [B] in [0, 1]; 0 for a sample alone.
-
-    Where P_ij + P_ji = 1 the rewards of a group sum to half its size. For a matrix of a model's preferences; `rewards.win_rate` asks judges for it.
-
-    Args:
-        preference: [B, B], P(i is preferred to j), 0.5 for a tie; only pairs of one group are read. group: [B] int64. valid: [B] bool.
-    Source:
-        Minimaximalist self-play, arXiv:2401.04056.
-    """
-    others = (group[:, None] == group[None]) & valid[:, None] & valid[None] & ~torch.eye(len(group), dtype=torch.bool)
-    total = torch.where(others, preference, torch.zeros_like(preference)).sum(1)
-    return total / others.sum(1).clamp_min(1)
 
 
 def _check_singleton(rule: str) -> None:

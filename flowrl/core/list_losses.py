@@ -43,7 +43,7 @@ def copg_group(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_
     rewards, members = _rewards(decisions)
     value = rewards - beta * _log_ratio(decisions, ref_log_prob)
     count = _sum(members.to(value), group, num_groups)
-    mean = _sum(torch.where(members, value, torch.zeros_like(value)), group, num_groups) / count.clamp_min(1)
+    mean = _sum(value, group, num_groups) / count.clamp_min(1)  # 0 without decisions
     factor = torch.where(count > 1, count.square() / (count - 1).clamp_min(1), torch.zeros_like(count))
     return _objective(decisions, factor[group] * (value - mean[group]).square())
 
@@ -55,7 +55,7 @@ def sppo_group(decisions: Decisions, *, group: Tensor, num_groups: int, beta: fl
     `pair_losses.sppo`'s hard form. verl's variant has A = R - V, V = `soft_values.soft_value` of the group's rewards with temperature 1 / beta.
 
     Args:
-        decisions: advantages are A, equal within a sequence (`win_rates` minus 1/2); their mean is taken.
+        decisions: advantages are A, equal within a sequence (`shaping.win_rate` minus 1/2); their mean is taken.
         group, num_groups: have no effect; here so that every list loss is called alike.
         beta: > 0, 1 / eta of the paper; 0.001, verl 1.
     Source:
@@ -130,16 +130,16 @@ LIST_OBJECTIVES: dict[str, Callable[..., Objective]] = {"copg_group": copg_group
 
 
 def win_rates(preference: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean preference of each sample over its opponents: SPPO's P, Nash-MP's reward; the rewards [B] and whether there was an opponent [B] bool.
+    """Mean preference of each sample over answers of an opponent policy, Nash-MP's reward: the rewards [B], and whether there was an opponent, [B] bool.
 
-    Opponents of a sample are the others of its group (SPPO, Nash-MD-style self-play) or answers of an opponent policy: Nash-MP's first half of a step plays
-    against the policy of the iteration, the second against the result of the first; for a language model a lagged copy, renewed every few steps. Rewards
-    without an opponent are 0 and not valid. A tie is 1/2.
+    The first half of a step plays against the policy of the iteration, the second against the result of the first; for a language model the opponent is a
+    lagged copy, renewed every few steps. Rewards without an opponent are 0 and not valid. A tie is 1/2. Where the opponents are the other samples of the
+    group (SPPO, Nash-MD-style self-play): `shaping.win_rate`.
 
     Args:
-        preference: [B, K] in [0, 1], the chance that sample i beats opponent j; anything where not known. known: [B, K] bool; False for itself.
+        preference: [B, K] in [0, 1], the chance that sample i beats opponent j; anything where not known. known: [B, K] bool.
     Source:
-        SPPO, arXiv:2405.00675; Nash-MP, arXiv:2505.19731, the updates unverified: our reading.
+        arXiv:2505.19731. Unverified: our reading of the updates.
     """
     return masked_mean(preference, known)[:, 0], known.any(1)
 

@@ -111,7 +111,7 @@ def exploration_reward(count: Tensor, first_correct: Tensor, accepted: Tensor) -
     """
     number = count.double().clamp_min(1)
     value = torch.where(first_correct > 0, (number * first_correct.clamp_min(1)).rsqrt(), -1 / number)
-    return torch.where(accepted & (count > 0), value, -torch.ones_like(value))
+    return torch.where(accepted, value, -torch.ones_like(value))
 
 
 def collinear(points: Tensor, mask: Tensor) -> Tensor:

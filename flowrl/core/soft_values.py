@@ -31,7 +31,6 @@ def soft_value(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: int, *
     scaled = rewards / temperature
     count = torch.zeros(num_groups, dtype=rewards.dtype, device=rewards.device).index_add_(0, group, valid.to(rewards))
     highest = torch.full_like(count, -torch.inf).scatter_reduce_(0, group, torch.where(valid, scaled, -torch.inf), "amax")
-    highest = torch.where(count > 0, highest, torch.zeros_like(highest))
     # expm1 and log1p: at a high temperature mean exp is 1 plus next to nothing
     less = torch.expm1(torch.where(valid, scaled - highest[group], torch.zeros_like(scaled)))
     mean = torch.zeros_like(count).index_add_(0, group, less) / count.clamp_min(1)

@@ -41,6 +41,7 @@ __all__ = ["DiffusionPolicy", "NetworkRows"]
 
 T = TypeVar("T")
 _SMALLER_MODEL = "set model.dtype: bfloat16, model.text_encoders: offload, smaller pictures, or shard the model over several devices"
+_MOST_GRAPHS = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -117,26 +118,31 @@ class DiffusionPolicy(ABC):
         config = self.config
         if config.attention_backend is not None:
             try:
-                self.network.set_attention_backend(config.attention_backend)
+                for network in self._networks:
+                    network.set_attention_backend(config.attention_backend)
             except (ValueError, RuntimeError, ImportError, AttributeError) as error:
                 raise UserError(f"model.attention_backend: {config.attention_backend} cannot be used: {str(error).splitlines()[0]}") from error
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-        if config.compile == "blocks":
-            network = self.network
+        if config.compile != "off":  # beyond torch's limit of 8 graphs, blocks would run as they are without a word: kinds x sizes x gradient x adapters
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+        for network in self._networks if config.compile != "off" else ():
             names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()  # SD3's network has only the latter
-            blocks = [module for module in network.modules() if type(module).__name__ in names]
+            blocks = [network] if config.compile == "whole" else [module for module in network.modules() if type(module).__name__ in names]
             if not blocks:
                 raise UserError(f"model.compile: diffusers names no repeated blocks of {type(network).__name__}; use whole")
             for block in blocks:
                 block.compile()
-        elif config.compile == "whole":
-            self.network.compile()
         if config.vae_slicing:
             self.vae.enable_slicing()
         if config.vae_tiling:
             self.vae.enable_tiling()
         if config.vae_channels_last:
             self.vae.to(memory_format=torch.channels_last)
+
+    @property
+    def _networks(self) -> list[Any]:
+        """The trained one, and the frozen copy where there is one; both are called in the same way."""
+        return [self.network] if self.reference_network is None else [self.network, self.reference_network]
 
     # --- what a family says ---
 
@@ -225,10 +231,11 @@ class DiffusionPolicy(ABC):
     def _encoder_identity(self) -> str:
         """What an embedding depends on beside its text: the encoders, by their files or their commit on the hub, and how they are called."""
         where = Path(resolve_model_path(self.config.path))
-        files = sorted(file for file in where.glob("t*/*") if file.is_file()) if where.is_dir() else []  # text encoders and tokenizers
+        files = sorted(file for part in ("text_encoder*", "tokenizer*") for file in where.glob(f"{part}/*") if file.is_file())
         facts = [f"{file.parent.name}/{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         facts += [f"{type(encoder).__name__} {getattr(encoder.config, '_commit_hash', None)}" for encoder in self.text_encoders]
-        return "\n".join([str(where), type(self).__name__, self.config.dtype, str(self.config.max_sequence_length), *facts])
+        dtypes = sorted({str(p.dtype) for encoder in self.text_encoders for p in encoder.parameters()})  # not model.dtype: full fine-tuning has float32 ones
+        return "\n".join([str(where), type(self).__name__, *dtypes, str(self.config.max_sequence_length), *facts])
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
@@ -278,7 +285,7 @@ class DiffusionPolicy(ABC):
 
         Returns:
             A function (x [R, L...] float32, sigma [R] float64, prompt_row [R]) -> [R, L...] float32. Without gradient it splits the rows
-            into forwards of at most ``rows_per_forward``; with gradient it evaluates them at once.
+            into forwards of at most ``rows_per_forward`` and answers where x is; with gradient it evaluates them at once.
         """
 
         def evaluate(x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
@@ -297,7 +304,7 @@ class DiffusionPolicy(ABC):
             while start < len(x):
                 stop, before = start + self.rows_per_forward, replace(self.rows)
                 try:
-                    parts.append(evaluate(x[start:stop], sigma[start:stop], prompt_row[start:stop]))
+                    parts.append(evaluate(x[start:stop], sigma[start:stop], prompt_row[start:stop]).to(x.device))
                 except torch.OutOfMemoryError as error:
                     if self.company is not None:
                         raise UserError(
@@ -338,9 +345,8 @@ class DiffusionPolicy(ABC):
             device: where the policy works from now on.
             timeout_minutes: how long a process waits for another one.
         """
-        for network in (self.network, self.reference_network):
-            if network is not None:
-                shard_network(network, device, dtype=self.dtype)
+        for network in self._networks:
+            shard_network(network, device, dtype=self.dtype)
         self.company = Company(self._keep_company, timeout_minutes)
         self.device = device
         self.vae.to(device)

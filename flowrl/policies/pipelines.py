@@ -102,8 +102,17 @@ def without_progress_bars() -> Iterator[None]:
             switch.enable_progress_bar()
 
 
-def _advice(error: Exception) -> str:
-    return " (it is gated: accept its licence on its page, then `hf auth login`)" if "gated" in str(error).lower() else ""
+def _advice(error: BaseException) -> str:
+    """What the hub said. diffusers tells a gated model and a hub that does not answer from a missing one only in the errors underneath its own."""
+    kinds, text, cause = set(), str(error), error.__cause__ or error.__context__
+    while cause is not None:
+        kinds |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    if "GatedRepoError" in kinds or "gated" in text.lower():
+        return " (it is gated: accept its licence on its page, then `hf auth login`)"
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        return " (the hub could not be reached, and it is not in the cache: download it elsewhere and give the folder)"
+    return ""
 
 
 def _first_line(error: Exception) -> str:

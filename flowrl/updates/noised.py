@@ -116,9 +116,9 @@ class NoisedSamples:
 
     @torch.no_grad()
     def velocity(self, velocity: Velocity) -> Tensor:
-        """[N S, L...], a policy's velocity at every state."""
+        """[N S, L...], a policy's velocity at every state; it waits where the samples do."""
         found = []
         for chunk in self.chunks(torch.arange(self.num_rows)):
             batch = self.pick(chunk)
-            found.append(velocity(batch.x, batch.sigma, batch.prompt_row))
+            found.append(velocity(batch.x, batch.sigma, batch.prompt_row).to(self.x0.device))
         return torch.cat(found)
