@@ -19,7 +19,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ def tiny(of: Architecture) -> Architecture:
 def loader_of(architecture: Architecture, device: torch.device) -> Loader:
     """Loads pipelines with random weights and no text encoders, whose embeddings of prompts are random too."""
 
-    def load(path: str, classes: Sequence[str], title: str, example: str, dtype: torch.dtype) -> Any:
+    def load(path: str, classes: Sequence[str], title: str, example: str, dtypes: Mapping[str, torch.dtype]) -> Any:
         def build(kind: str, settings: dict[str, Any], dtype: torch.dtype) -> Any:
             before = torch.get_default_dtype()
             torch.set_default_dtype(dtype)
@@ -161,15 +161,15 @@ def loader_of(architecture: Architecture, device: torch.device) -> Loader:
 
         absent = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
         pipeline = getattr(diffusers, classes[0])(
-            transformer=build(architecture.kind, architecture.network, dtype),
+            transformer=build(architecture.kind, architecture.network, dtypes["transformer"]),
             vae=build("AutoencoderKL", architecture.vae, torch.float32),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**architecture.scheduler),
             **dict.fromkeys(absent if architecture.family == "sd3" else [name for name in absent if not name.endswith("3")]),
         )
 
         def encode_prompt(prompt: list[str], **_: Any) -> tuple[Any, ...]:
-            embeds = torch.randn(len(prompt), architecture.tokens, architecture.width, device=device).to(dtype)
-            pooled = torch.randn(len(prompt), architecture.pooled, device=device).to(dtype)
+            embeds = torch.randn(len(prompt), architecture.tokens, architecture.width, device=device).to(dtypes["default"])
+            pooled = torch.randn(len(prompt), architecture.pooled, device=device).to(dtypes["default"])
             return (embeds, None, pooled, None) if architecture.family == "sd3" else (embeds, pooled, None)
 
         pipeline.encode_prompt = encode_prompt

@@ -256,7 +256,8 @@ def evaluate_run(
         scorer.check_prompts(asked)
     accelerator = make_accelerator(config.training.device)
     scorer.load(accelerator.device)
-    policy = make_policy(config.model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
+    model = DiffusionPolicy.for_new_prompts(config.model)
+    policy = make_policy(model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
     sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
     evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)
     for name in ("base", "tuned") if run is not None else ("base",):

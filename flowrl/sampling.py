@@ -10,6 +10,7 @@ import torch
 from flowrl.checkpoint import load_policy
 from flowrl.config import load_config
 from flowrl.evaluation import png_of, sigmas_of
+from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.families import make_policy
 from flowrl.processes import make_accelerator
 from flowrl.sections import ModelConfig, RolloutConfig, TrainingConfig
@@ -67,7 +68,8 @@ def sample_to_folder(
         settings, rollout, training = ModelConfig(path=model, adapter="full"), RolloutConfig(), TrainingConfig()
     else:
         config = load_config(run / "config.yaml")
-        settings, rollout, training = config.model.model_copy(update={"path": model}), config.rollout, config.training
+        settings = DiffusionPolicy.for_new_prompts(config.model.model_copy(update={"path": model}))
+        rollout, training = config.rollout, config.training
     rows = training.rows_per_forward
     policy = make_policy(settings, make_accelerator(training.device).device, rows_per_forward=rows)
     if run is not None:

@@ -200,6 +200,14 @@ def test_embeddings_on_disk_outlive_the_run_and_belong_to_their_encoder(tmp_path
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_file_that_goes_away_during_a_run_is_named(tmp_path: Path) -> None:
+    cache = PromptCache(embed, device=CPU, storage="disk", folder=tmp_path, identity="x")
+    cache.rows(["a red cat"], batch=1)
+    next(tmp_path.rglob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="model.prompt_folder: the embedding of 'a red cat' has gone from"):
+        cache.take(torch.tensor([0]))
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = PromptCache(embed, device=CPU, storage="disk", folder=tmp_path / "file", identity="x")

@@ -28,7 +28,7 @@ LORA = {"rank": 4, "alpha": 6.0}  # alpha / rank = 1.5, so that forgetting it sh
 
 
 def load_pipeline(path: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    return pipelines.load_pipeline(path, Sd3Policy.pipelines, Sd3Policy.title, Sd3Policy.example, dtype)
+    return pipelines.load_pipeline(path, Sd3Policy.pipelines, Sd3Policy.title, Sd3Policy.example, {"default": dtype})
 
 
 def make_policy(pipeline: Path | str, rows_per_forward: int = 64, keep_reference: bool = False, **settings: Any) -> Sd3Policy:

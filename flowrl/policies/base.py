@@ -86,8 +86,9 @@ class DiffusionPolicy(ABC):
         self.config, self.device, self.rows_per_forward = config, device, rows_per_forward
         self.pictures_at_once = rows_per_forward
         self.dtype = _DTYPES[config.dtype]
-        load_dtype = torch.float32 if config.adapter == "full" else self.dtype  # full fine-tuning keeps float32 weights under autocast
-        self.pipeline: Any = load_pipeline(config.path, self.pipelines, self.title, self.example, load_dtype)
+        of_network = torch.float32 if config.adapter == "full" else self.dtype  # full fine-tuning keeps float32 weights under autocast
+        dtypes = {self.network_name: of_network, "default": self.dtype}
+        self.pipeline: Any = load_pipeline(config.path, self.pipelines, self.title, self.example, dtypes)
         self.network: Any = getattr(self.pipeline, self.network_name).to(device)
         self.vae: Any = self.pipeline.vae.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -248,6 +249,11 @@ class DiffusionPolicy(ABC):
             for encoder in self.text_encoders:
                 encoder.to("cpu")
         return found
+
+    @staticmethod
+    def for_new_prompts(config: ModelConfig) -> ModelConfig:
+        """The same model where not all prompts are known beforehand: encoders that a run would give up wait in host memory."""
+        return config.model_copy(update={"text_encoders": "offload"}) if config.text_encoders == "free" else config
 
     def finish_prompts(self, texts: Sequence[str]) -> None:
         """Encode all prompts of a run; where the config says so, the encoders are given up after that."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,13 @@ def pipeline_class(path: str, example: str) -> str:
         raise UserError(f"model.path: {path} could not be loaded as a pipeline: {_first_line(error)}{_advice(error)}") from error
 
 
-def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, dtype: torch.dtype) -> Any:
+def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, dtypes: Mapping[str, torch.dtype]) -> Any:
     """Load a pipeline of one of these classes; the VAE always in float32. Only a download shows progress.
 
     Args:
         classes: names of diffusers' classes; the index must name one of them. It is loaded as that one.
         title: of the family, for messages. example: a hub id of it.
+        dtypes: of components by name, and of all others under ``default``.
     Raises:
         UserError: the model is missing, is gated, or is not such a pipeline.
     """
@@ -84,7 +85,7 @@ def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, d
         absent: dict[str, Any] = {name: None for name, library in parts.items() if library is None}  # diffusers wants to be told
         absent |= {"requires_safety_checker": False} if "safety_checker" in absent else {}
         with without_progress_bars() if local else nullcontext():
-            return getattr(diffusers, kind).from_pretrained(where, **{DTYPE_KEYWORD: {"vae": torch.float32, "default": dtype}}, **absent)
+            return getattr(diffusers, kind).from_pretrained(where, **{DTYPE_KEYWORD: {"vae": torch.float32, **dtypes}}, **absent)
     except _UNUSABLE as error:
         raise UserError(f"model.path: {path} could not be loaded as a {title} pipeline: {_first_line(error)}{_advice(error)}") from error
 

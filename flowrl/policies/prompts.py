@@ -50,7 +50,7 @@ class PromptCache:
         self._embed, self._device, self._storage, self._folder, self._identity = embed, device, storage, folder, identity
         self._row_of: dict[str, int] = {}
         self._columns: dict[str, Tensor] = {}  # of storage device
-        self._entries: list[dict[str, Tensor]] = []  # of the others: one mapping a row, perhaps mapped from a file
+        self._entries: list[dict[str, Tensor] | str] = []  # of the others: a row's columns, or on disk its text
         self._pooled: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -80,8 +80,19 @@ class PromptCache:
             index = rows.to(self._device)
             return {name: column[index] for name, column in self._columns.items()}
         distinct, place = torch.unique(rows.cpu(), return_inverse=True)
-        entries, place = [self._entries[row] for row in distinct.tolist()], place.to(self._device)
+        entries, place = [self._entry(row) for row in distinct.tolist()], place.to(self._device)
         return {name: torch.stack([entry[name] for entry in entries]).to(self._device)[place] for name in entries[0]}
+
+    def _entry(self, row: int) -> dict[str, Tensor]:
+        """From memory, or mapped from its file for as long as it is needed: a process may map only so many files at a time."""
+        entry = self._entries[row]
+        if isinstance(entry, dict):
+            return entry
+        found = self._read(entry)
+        if found is None:
+            where = f"the embedding of '{entry}' has gone from {self._folder}, or is damaged"
+            raise UserError(f"model.prompt_folder: {where}; leave the folder alone while a run uses it")
+        return found
 
     def _extend(self, new: Sequence[str], batch: int) -> None:
         found = [dict(self._embed(new[start : start + batch])) for start in range(0, len(new), batch)]
@@ -105,7 +116,7 @@ class PromptCache:
         for text in new:
             entry = made[text] if text in made else self._read(text) or {}
             self._row_of[text] = len(self._row_of)
-            self._entries.append(entry)
+            self._entries.append(text if self._storage == "disk" else entry)
             self._pooled.append(entry["pooled"].clone())
 
     def _file(self, text: str) -> Path:

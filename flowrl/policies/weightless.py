@@ -22,8 +22,8 @@ from flowrl.types import UserError
 
 __all__ = ["Loader", "pipelines_from", "weightless"]
 
-Loader = Callable[[str, Sequence[str], str, str, torch.dtype], Any]
-"""(path, classes, title, example, dtype) -> a pipeline, as `flowrl.policies.pipelines.load_pipeline`."""
+Loader = Callable[[str, Sequence[str], str, str, Mapping[str, torch.dtype]], Any]
+"""(path, classes, title, example, dtypes) -> a pipeline, as `flowrl.policies.pipelines.load_pipeline`."""
 
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # what flowrl never runs
 _UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what the libraries raise for a config that is missing or is none
@@ -67,7 +67,7 @@ class _Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _without_weights(path: str, classes: Sequence[str], title: str, example: str, dtype: torch.dtype) -> Any:
+def _without_weights(path: str, classes: Sequence[str], title: str, example: str, dtypes: Mapping[str, torch.dtype]) -> Any:
     """As `load_pipeline`, with parameters that are never filled."""
     kind, where = pipeline_class(path, example), resolve_model_path(path)
     if kind not in classes:
@@ -77,7 +77,7 @@ def _without_weights(path: str, classes: Sequence[str], title: str, example: str
             index = DiffusionPipeline.load_config(where)
         entries = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and name not in _UNUSED}
         parts: dict[str, Any] = dict.fromkeys((*entries, *(name for name in _UNUSED if name in index)))
-        parts |= {name: _part(where, name, entry[0], entry[1], dtype) for name, entry in entries.items() if entry[0] is not None}
+        parts |= {name: _part(where, name, entry[0], entry[1], dtypes.get(name, dtypes["default"])) for name, entry in entries.items() if entry[0] is not None}
         parts |= {name: value for name, value in index.items() if not name.startswith("_") and name not in parts}
         parts |= {"requires_safety_checker": False} if "safety_checker" in parts else {}
         return getattr(diffusers, kind)(**parts)
