@@ -297,13 +297,15 @@ def test_memory_that_runs_out_where_nothing_can_be_halved_is_one_line(
 
 
 def test_embeddings_on_disk_belong_to_the_precision_of_the_encoders(pipeline: Path, tmp_path: Path) -> None:
-    """LoRA loads the encoders in model.dtype, full fine-tuning in float32."""
-    settings = {"path": str(pipeline), "dtype": "bfloat16", "prompt_storage": "disk", "prompt_folder": str(tmp_path / "prompts"), "max_sequence_length": 0}
+    """The encoders are in model.dtype, whatever is trained and in whatever precision."""
+    settings = {"path": str(pipeline), "prompt_storage": "disk", "prompt_folder": str(tmp_path / "prompts"), "max_sequence_length": 0}
     found = []
-    for adapter in ("lora", "full"):
-        policy = make_policy(ModelConfig(**settings, adapter=adapter), CPU)
-        found.append(policy.prompts.take(policy.prompt_rows([PROMPTS[0]]))["embeds"])
-    assert [embeds.dtype for embeds in found] == [torch.bfloat16, torch.float32]
+    for dtype, adapter in (("bfloat16", "lora"), ("bfloat16", "full"), ("float32", "lora")):
+        policy = make_policy(ModelConfig(**settings, dtype=dtype, adapter=adapter), CPU)
+        embeds = policy.prompts.take(policy.prompt_rows([PROMPTS[0]]))["embeds"]
+        found.append((embeds.dtype, len(list((tmp_path / "prompts").rglob("*.safetensors")))))
+        assert next(policy.network.parameters()).dtype == (torch.float32 if adapter == "full" or dtype == "float32" else torch.bfloat16)
+    assert found == [(torch.bfloat16, 2), (torch.bfloat16, 2), (torch.float32, 4)]  # the prompt and the empty one
 
 
 def test_what_is_said_of_rollouts_in_host_memory_waits_there_too(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
