@@ -49,6 +49,7 @@ _PROMPTS_PER_CHECK = 1000
 _BODY_FOR_PIXELS = 0.9  # the rest is for prompts and metadata
 
 
+_SAMPLES, _BYTES = 64, 6 * 2**20  # of a request, where nothing is said
 _NO_URL = "reward remote: needs either `url`, such as http://127.0.0.1:8000, or a list of them as `urls`"
 
 
@@ -77,7 +78,8 @@ class RemoteReward:
         token_env: the environment variable that holds the bearer token; None = no token is sent.
         timeout: seconds that one try may take, scoring included. deadline: seconds for all tries of a request. tries: of a request.
         concurrency: requests to one endpoint at a time.
-        samples_per_request: at most, fewer where the server takes less; a group goes in one request whatever its size.
+        samples_per_request: at most, fewer where the server takes less; None = 64, or as many as make 6 MiB, so that large pictures are coded, sent and scored
+            side by side. A group goes in one request whatever its size.
         cache: a folder of scores by the hash of all that the reward looks at, its version and its weights; None = no cache.
         expect: the name of the reward that must answer, or ``name@version``; None = any.
     Raises:
@@ -93,13 +95,13 @@ class RemoteReward:
         deadline: float = 180.0,
         tries: int = 4,
         concurrency: int = 8,
-        samples_per_request: int = 64,
+        samples_per_request: int | None = None,
         cache: str | None = None,
         expect: str | None = None,
     ) -> None:
         if (url is not None and urls is not None) or isinstance(urls, str):
             raise UserError(_NO_URL)
-        for name, number in (("samples_per_request", samples_per_request), ("concurrency", concurrency)):
+        for name, number in (("samples_per_request", 64 if samples_per_request is None else samples_per_request), ("concurrency", concurrency)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise UserError(f"reward remote: {name} must be a whole number of at least 1, not {number!r}")
         self._urls = [url] if url is not None else list(urls or ())
@@ -116,7 +118,7 @@ class RemoteReward:
             source="that of the served reward",
             low=-math.inf,
             high=math.inf,
-            batch_size=samples_per_request * concurrency * max(1, len(self._urls)),
+            batch_size=(samples_per_request or _SAMPLES) * concurrency * max(1, len(self._urls)),
             runs_on="network",
             extra="remote",
         )
@@ -220,9 +222,11 @@ class RemoteReward:
 
     def _per_request(self, batch: SampleBatch) -> int:
         """Samples that a request may have: as many as the user wants and the server takes, in pictures of 8 bits."""
-        if batch.images is None or self._max_body is None:
-            return self._samples
-        return max(1, min(self._samples, int(_BODY_FOR_PIXELS * self._max_body) // max(1, batch.images[0].numel())))
+        if batch.images is None:
+            return self._samples or _SAMPLES
+        bytes_each = max(1, batch.images[0].numel())
+        wanted = self._samples or max(1, min(_SAMPLES, _BYTES // bytes_each))
+        return wanted if self._max_body is None else max(1, min(wanted, int(_BODY_FOR_PIXELS * self._max_body) // bytes_each))
 
     def _parts(self, units: list[tuple[list[int], str]], at_most: int) -> list[list[tuple[list[int], str]]]:
         """The units of each request, in order: as many as fit, and at least one."""
@@ -297,7 +301,7 @@ class RemoteReward:
         advice = {
             401: "; give the name of the variable with the right token as `token_env`",
             404: "; is that a server of flowrl serve-reward?",
-            413: f"; lower `samples_per_request` ({self._samples}), or serve with a larger --max-body-mib",
+            413: f"; lower `samples_per_request` ({self._samples or _SAMPLES}), or serve with a larger --max-body-mib",
         }.get(error.status, "")
         return UserError(f"reward remote: {error.url} refused the request with {error.status}: {text}{advice}")
 

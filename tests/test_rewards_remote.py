@@ -515,3 +515,11 @@ def test_without_an_address_it_can_be_listed_but_not_loaded(options: dict[str, A
     assert reward.info.runs_on == "network"
     with pytest.raises(UserError, match="^reward remote: needs either `url`, such as http://127.0.0.1:8000"):
         reward.load(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("size", "samples", "expected"), [(32, None, 64), (512, None, 8), (2048, None, 1), (512, 20, 20)])
+def test_large_pictures_go_in_more_requests_unless_told_otherwise(size: int, samples: int | None, expected: int) -> None:
+    reward = RemoteReward("http://127.0.0.1:1", samples_per_request=samples)
+    images = torch.zeros(1, 1, 1, 1).expand(70, 3, size, size)
+    assert reward._per_request(SampleBatch([Prompt("x")] * 70, images)) == expected
+    assert reward._per_request(SampleBatch([Prompt("x")] * 70, texts=["t"] * 70)) == (samples or 64)
