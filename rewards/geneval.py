@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flowrl.types import Prompt, RewardInfo, UserError
 from rewards.detectors import COCO_CLASSES, COLORS, ClipColors, Detection, Detector, Mask2FormerDetector, NameColors, SsdDetector, geneval_name
-from rewards.network import NetworkReward, check_choice
+from rewards.network import NetworkReward, check_choice, check_count
 
 __all__ = ["RELATIONS", "TAGS", "Clause", "GenEvalReward", "Request", "Verdict", "judge", "relations", "request_of"]
 
@@ -106,8 +106,7 @@ class GenEvalReward(NetworkReward):
             if not 0 <= value < 1:
                 raise UserError(f"reward geneval: {name} must be at least 0 and below 1, not {value!r}")
         for name, number, low in [("max_objects", max_objects, 2), ("detector_side", detector_side, 32)]:
-            if isinstance(number, bool) or not isinstance(number, int) or number < low:
-                raise UserError(f"reward geneval: {name} must be a whole number of at least {low}, not {number!r}")
+            check_count("geneval", name, number, low)
         self.reading = reading
         self.detector = detector
         self.model = model or (None if detector == "ssd" else "facebook/mask2former-swin-small-coco-instance")

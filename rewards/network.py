@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
 from rewards.pictures import not_finite, pictures_of
 
-__all__ = ["NetworkReward", "check_choice"]
+__all__ = ["NetworkReward", "check_choice", "check_count"]
 
 
 def check_choice(reward: str, argument: str, value: object, choices: Sequence[str]) -> None:
@@ -26,6 +26,16 @@ def check_choice(reward: str, argument: str, value: object, choices: Sequence[st
     """
     if value not in choices:
         raise UserError(f"reward {reward}: {argument} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+
+
+def check_count(reward: str, argument: str, value: object, least: int) -> None:
+    """Check an argument of a constructor.
+
+    Raises:
+        UserError: ``value`` is no whole number of at least ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"reward {reward}: {argument} must be a whole number of at least {least}, not {value!r}")
 
 
 class NetworkReward(ABC):

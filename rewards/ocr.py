@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
 from rewards.checkpoints import require
+from rewards.network import check_count
 from rewards.pictures import pictures_of, to_uint8
 
 __all__ = ["Engine", "Line", "OcrReward", "edit_reward", "rapid_engine", "reading_order", "targets_of"]
@@ -89,8 +90,7 @@ class OcrReward:
         if not 0 <= extra_penalty < float("inf"):
             raise UserError(f"reward ocr: extra_penalty must be a number of at least 0, not {extra_penalty!r}")
         for name, value, low in [("detector_side", detector_side, 32), ("threads", threads, 1), ("workers", workers, 1)]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UserError(f"reward ocr: {name} must be a whole number of at least {low}, not {value!r}")
+            check_count("ocr", name, value, low)
         self.min_confidence = min_confidence
         self.extra_penalty = extra_penalty
         self.ignore_punctuation = ignore_punctuation

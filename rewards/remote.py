@@ -27,6 +27,7 @@ from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
 from rewards.disk_cache import DiskCache
 from rewards.groups import groups_of
 from rewards.http_client import Endpoints, Refused, Unreachable
+from rewards.network import check_count
 from rewards.wire import (
     BATCH_TYPE,
     JSON_TYPE,
@@ -102,8 +103,7 @@ class RemoteReward:
         if (url is not None and urls is not None) or isinstance(urls, str):
             raise UserError(_NO_URL)
         for name, number in (("samples_per_request", 64 if samples_per_request is None else samples_per_request), ("concurrency", concurrency)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise UserError(f"reward remote: {name} must be a whole number of at least 1, not {number!r}")
+            check_count("remote", name, number, 1)
         self._urls = [url] if url is not None else list(urls or ())
         self._options: dict[str, Any] = {"token_env": token_env, "timeout": timeout, "deadline": deadline, "tries": tries, "concurrency": concurrency}
         self._samples, self._expect, self._folder = samples_per_request, expect, cache

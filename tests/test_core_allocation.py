@@ -7,24 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import NAN, flags, ids, row
 
 from flowrl.core.allocation import Surplus, even_split, knapsack, rollout_value, t_quantile, useful_groups, xrpo_priority, xrpo_round
 from flowrl.core.outcomes import SuccessRates, Tally, draw
 from flowrl.types import UserError
-
-NAN = math.nan
-
-
-def row(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.bool)
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.int64)
 
 
 def plain(state):

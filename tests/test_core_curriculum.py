@@ -1,12 +1,12 @@
 """Which prompts to ask: Thompson sampling, variance, predictions, priorities, ramps."""
 
 import json
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import NAN, flags, ids, row, seeded
 
 from flowrl.core.curriculum import (
     BetaTable,
@@ -20,24 +20,6 @@ from flowrl.core.curriculum import (
     variance_score,
 )
 from flowrl.core.outcomes import Tally, draw
-
-NAN = math.nan
-
-
-def row(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.bool)
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tally(prompt, rewards, num_prompts):

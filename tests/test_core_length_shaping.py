@@ -7,27 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import NAN, assert_row, flags, ids, row
 
 from flowrl.core.length_shaping import LengthHistory, history_length, length_rank, overlong, relative_length
-
-FP64 = {"rtol": 1e-12, "atol": 1e-12}
-NAN = math.nan
-
-
-def row(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.bool)
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def same(found, *expected):
-    torch.testing.assert_close(found, row(*expected), **FP64)
 
 
 def sigmoid(x):
@@ -38,7 +20,7 @@ def sigmoid(x):
 
 
 def test_overlong_d1_by_hand():
-    same(overlong(row(0, 60, 70, 100, 101, 1e9), max_length=100, cache=40), 0, 0, -0.25, -1, -1, -1)
+    assert_row(overlong(row(0, 60, 70, 100, 101, 1e9), max_length=100, cache=40), 0, 0, -0.25, -1, -1, -1)
 
 
 @given(st.floats(1, 1e4), st.floats(0.01, 1))
@@ -67,13 +49,13 @@ GROUP, VALID = ids(0, 0, 0, 1, 1, 1, 2, 2, 2), torch.ones(9, dtype=torch.bool)
 def test_length_rank_d2_punishes_length_in_the_most_accurate_groups_only():
     # ceil(0.2 * 3) = 1 group; its right answers: mean 20, std 10
     found = length_rank(CORRECT, LENGTH, GROUP, VALID, 3)
-    same(found, 1 - 0.6 * sigmoid(-1), 1 - 0.6 * sigmoid(1), 0, 1, 0, 0, 1, 0, 0)
+    assert_row(found, 1 - 0.6 * sigmoid(-1), 1 - 0.6 * sigmoid(1), 0, 1, 0, 0, 1, 0, 0)
 
 
 def test_length_rank_d2_share_0_is_the_outcome_and_share_1_the_penalty_everywhere():
     assert length_rank(CORRECT, LENGTH, GROUP, VALID, 3, share=0.0).equal(CORRECT.double())
     everywhere = length_rank(CORRECT, LENGTH, GROUP, VALID, 3, share=1.0)
-    same(everywhere, 1 - 0.6 * sigmoid(-1), 1 - 0.6 * sigmoid(1), 0, 0.7, 0, 0, 0.7, 0, 0)  # one right answer: sigmoid(0)
+    assert_row(everywhere, 1 - 0.6 * sigmoid(-1), 1 - 0.6 * sigmoid(1), 0, 0.7, 0, 0, 0.7, 0, 0)  # one right answer: sigmoid(0)
     assert everywhere[~CORRECT].eq(0).all()
     assert length_rank(CORRECT, LENGTH, GROUP, VALID, 3, share=0.34)[3] == pytest.approx(0.7)  # ceil(1.02): of equal groups the first
     assert length_rank(CORRECT, LENGTH, GROUP, VALID, 3, share=0.34)[6] == 1
@@ -91,7 +73,7 @@ def test_length_rank_d2_leaves_out_who_has_no_score_and_groups_without_anybody()
     valid = VALID.clone()
     valid[1] = False
     # accuracies 1/2, 1/3, 1/3, of 4 groups one is empty: 1 group of 3 is chosen
-    same(length_rank(CORRECT, length, GROUP, valid, 4, share=0.2), 0.7, 0, 0, 1, 0, 0, 1, 0, 0)
+    assert_row(length_rank(CORRECT, length, GROUP, valid, 4, share=0.2), 0.7, 0, 0, 1, 0, 0, 1, 0, 0)
     nobody = length_rank(CORRECT, length, GROUP, ~VALID, 4, share=1.0)
     assert nobody.eq(0).all()
     assert length_rank(~VALID, LENGTH, GROUP, VALID, 3, share=1.0).eq(0).all()  # no right answer in a chosen group
@@ -102,8 +84,8 @@ def test_length_rank_d2_leaves_out_who_has_no_score_and_groups_without_anybody()
 
 def test_relative_length_d20_by_hand():
     found = relative_length(row(10, 20, 30, 40, 10, 40), flags(1, 1, 1, 1, 0, 0), ids(0, 0, 0, 0, 0, 0), flags(1, 1, 1, 1, 1, 1), 1)
-    same(found, 0.5, 0.5 - 1 / 3, 0.5 - 2 / 3, -0.5, 0, -0.5)
-    same(relative_length(row(10, 20, 90), flags(1, 1, 1), ids(0, 0, 0), flags(1, 1, 0), 1), 0.5, -0.5, 0)
+    assert_row(found, 0.5, 0.5 - 1 / 3, 0.5 - 2 / 3, -0.5, 0, -0.5)
+    assert_row(relative_length(row(10, 20, 90), flags(1, 1, 1), ids(0, 0, 0), flags(1, 1, 0), 1), 0.5, -0.5, 0)
 
 
 def test_relative_length_d20_of_equal_lengths_of_one_and_of_none():
@@ -127,15 +109,15 @@ def test_relative_length_d20_knows_no_unit(seed, scale, shift):
 def test_history_length_d3_by_hand():
     length, h = row(100, 50, 150, 200, 1e6), row(100).expand(5)
     root = math.sqrt(0.5)
-    same(history_length(length, flags(1, 1, 1, 1, 1), h), 0, root, -0.7, -0.7, -0.7)
-    same(history_length(length, flags(0, 0, 0, 0, 0), h), 0, 0, -root, -1, -1)
-    same(history_length(row(0), flags(1), row(100)), 1)  # T: n -> 0
-    same(history_length(length[:2], flags(1, 1), h[:2], weight=0.5), 0, 0.5 * root)
+    assert_row(history_length(length, flags(1, 1, 1, 1, 1), h), 0, root, -0.7, -0.7, -0.7)
+    assert_row(history_length(length, flags(0, 0, 0, 0, 0), h), 0, 0, -root, -1, -1)
+    assert_row(history_length(row(0), flags(1), row(100)), 1)  # T: n -> 0
+    assert_row(history_length(length[:2], flags(1, 1), h[:2], weight=0.5), 0, 0.5 * root)
 
 
 @pytest.mark.parametrize("target", [NAN, 0.0])
 def test_history_length_d3_without_a_history_is_0(target):
-    same(history_length(row(5, 5), flags(1, 0), row(target, target)), 0, 0)
+    assert_row(history_length(row(5, 5), flags(1, 0), row(target, target)), 0, 0)
 
 
 @given(st.floats(0, 1e5), st.floats(0, 1e5), st.floats(1, 1e4), st.floats(0, 1.42))

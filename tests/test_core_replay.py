@@ -1,34 +1,15 @@
 """Samples used again, and hints: which, how often, in whose place; nothing happens where nothing is needed."""
 
 import json
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import NAN, flags, ids, row, seeded
 
 from flowrl.core.hints import GHPO, GUIDE, SCAF, HintLadder, HintRequest, HintRule, Replacement, unsolved_groups
 from flowrl.core.replay import ReplayBuffer, Swap, replay_swaps, resample, resample_weights
-
-NAN = math.nan
-
-
-def row(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.bool)
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 # --- PF-PPO -----------------------------------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import FP64, NAN, assert_row, flags, ids, row
 
 from flowrl.core.advantage_shaping import anchor_inserted, compress, downscale_inserted, novelty, position_bonus
 from flowrl.core.advantages import group_mean, group_zscore
@@ -29,25 +30,6 @@ from flowrl.core.shaping import (
     weighted_heads,
     win_rate,
 )
-
-FP64 = {"rtol": 1e-12, "atol": 1e-12}
-NAN = math.nan
-
-
-def row(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.bool)
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def same(found, *expected):
-    torch.testing.assert_close(found, row(*expected), **FP64)
 
 
 def batch(seed, size=12, num_groups=4):
@@ -90,23 +72,23 @@ def test_ranks_are_those_of_a_sort(seed):
 def test_exit_decay_d4_halves_for_each_right_exit_before():
     correct, position = flags(1, 0, 1, 1, 1, 1), row(10, 20, 30, 40, 5, 2)  # the second trace is listed with its last exit first
     found = exit_decay(correct, position, ids(0, 0, 0, 0, 1, 1), flags(1, 1, 1, 1, 1, 1), 3)
-    same(found, 1, 0, 0.5, 0.25, 0.5, 1)
+    assert_row(found, 1, 0, 0.5, 0.25, 0.5, 1)
 
 
 def test_exit_decay_d4_of_all_none_one_and_invalid():
     group, everybody = ids(0, 0, 0), flags(1, 1, 1)
-    same(exit_decay(flags(1, 1, 1), row(1, 2, 3), group, everybody, 1), 1, 0.5, 0.25)
+    assert_row(exit_decay(flags(1, 1, 1), row(1, 2, 3), group, everybody, 1), 1, 0.5, 0.25)
     none = exit_decay(flags(0, 0, 0), row(1, 2, 3), group, everybody, 1)
     assert advantage_of(group_mean, none, group, everybody, 1).eq(0).all()
-    same(exit_decay(flags(1, 0), row(7, 7), ids(0, 1), flags(1, 1), 2), 1, 0)  # one exit only is the outcome
-    same(exit_decay(flags(1, 1, 1), row(1, 2, 3), group, flags(0, 1, 1), 1), 0, 1, 0.5)
+    assert_row(exit_decay(flags(1, 0), row(7, 7), ids(0, 1), flags(1, 1), 2), 1, 0)  # one exit only is the outcome
+    assert_row(exit_decay(flags(1, 1, 1), row(1, 2, 3), group, flags(0, 1, 1), 1), 0, 1, 0.5)
 
 
 # --- Posterior-GRPO -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_gate_product_d5_by_hand():
-    same(gate_product(row(1, 0, 1, 1), row(1, 1, 0, 0), row(0.5, 0.25, 0.9, 0.1)), 2.5, 1.25, 1, 1)
+    assert_row(gate_product(row(1, 0, 1, 1), row(1, 1, 0, 0), row(0.5, 0.25, 0.9, 0.1)), 2.5, 1.25, 1, 1)
 
 
 def test_gate_product_d5_ignores_the_reasoning_of_wrong_answers_and_splits_right_ones():
@@ -121,7 +103,7 @@ def test_gate_product_d5_ignores_the_reasoning_of_wrong_answers_and_splits_right
 def test_rank_unlikely_d6_by_hand():
     # ranks 1, 3, 0, 2 of G = 4: 1 - 0.25 k / 4
     found = rank_unlikely(row(1, 1, 1, 0), row(-2, -0.5, -3, -1), ids(0, 0, 0, 0), flags(1, 1, 1, 1), 1)
-    same(found, 1 - 1 / 16, 1 - 3 / 16, 1, 0)
+    assert_row(found, 1 - 1 / 16, 1 - 3 / 16, 1, 0)
 
 
 @given(st.integers(0, 10_000))
@@ -140,7 +122,7 @@ def test_rank_unlikely_d6_prefers_the_unlikely_among_the_right_and_leaves_the_wr
 
 
 def test_rank_unlikely_d6_ties_follow_the_order():
-    same(rank_unlikely(row(1, 1), row(-1, -1), ids(0, 0), flags(1, 1), 1, strength=1.0), 1, 0.5)
+    assert_row(rank_unlikely(row(1, 1), row(-1, -1), ids(0, 0), flags(1, 1), 1, strength=1.0), 1, 0.5)
 
 
 # --- partial credit, several answers ----------------------------------------------------------------------------------------------------------------
@@ -149,14 +131,14 @@ def test_rank_unlikely_d6_ties_follow_the_order():
 def test_soft_choice_d9():
     gold = flags(1, 1, 0, 0).repeat(5, 1)
     predicted = torch.stack([flags(1, 1, 0, 0), flags(1, 0, 0, 0), flags(1, 1, 1, 0), flags(0, 0, 0, 0), flags(0, 0, 0, 1)])
-    same(soft_choice(predicted, gold), 1, 0.5, 0, 0, 0)
-    same(soft_choice(torch.stack([flags(0, 0), flags(1, 0)]), flags(0, 0).repeat(2, 1)), 1, 0)  # nothing is right
+    assert_row(soft_choice(predicted, gold), 1, 0.5, 0, 0, 0)
+    assert_row(soft_choice(torch.stack([flags(0, 0), flags(1, 0)]), flags(0, 0).repeat(2, 1)), 1, 0)  # nothing is right
 
 
 def test_exploration_reward_d10():
     count, first = ids(1, 4, 4, 2, 0, 3), ids(1, 1, 4, 0, 0, 1)
     found = exploration_reward(count, first, flags(1, 1, 1, 1, 1, 0))
-    same(found, 1, 0.5, 0.25, -0.5, -1, -1)
+    assert_row(found, 1, 0.5, 0.25, -0.5, -1, -1)
 
 
 def test_collinear_points_d10():
@@ -173,7 +155,7 @@ def test_constraint_gate_d11_by_hand():
     satisfied = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
     found = constraint_gate(row(1, 5, 2, 2), row(1, 0, 1, 1), satisfied, row(0, 0, 5, 20), kl_max=10.0)
     s = 1 / (1 + math.exp(-1))
-    same(found, 0.5, 0, 0.5 * s, 0)
+    assert_row(found, 0.5, 0, 0.5 * s, 0)
 
 
 def test_constraint_gate_d11_without_constraints_and_kl_is_the_calibrated_reward():
@@ -192,7 +174,7 @@ def test_constraint_gate_d11_has_no_gradient_through_the_kl():
 
 def test_weighted_heads_d13_by_hand_and_without_a_look_at_weight_0():
     heads = torch.stack([row(1, 2), row(10, -10), row(NAN, NAN)])
-    same(weighted_heads(heads, row(0.5, 0.1, 0)), 1.5, 0)
+    assert_row(weighted_heads(heads, row(0.5, 0.1, 0)), 1.5, 0)
 
 
 @given(st.integers(0, 10_000))
@@ -211,14 +193,14 @@ def test_progress_reward_d16_by_hand():
     # distances 1 and 3 of the failures: mean 2, std 1
     found = progress_reward(row(0, 1, 3, 9), flags(1, 0, 0, 0), flags(1, 1, 1, 0), eps=0.0)
     s = 1 / (1 + math.exp(-1))
-    same(found, 1, s / 2, (1 - s) / 2, 0)
+    assert_row(found, 1, s / 2, (1 - s) / 2, 0)
 
 
 def test_progress_reward_d16_of_one_failure_no_success_and_equal_distances():
-    same(progress_reward(row(0, 4), flags(1, 0), flags(1, 1)), 1, 0.25)
-    same(progress_reward(row(math.inf, math.inf), flags(0, 0), flags(1, 1)), 0, 0)
+    assert_row(progress_reward(row(0, 4), flags(1, 0), flags(1, 1)), 1, 0.25)
+    assert_row(progress_reward(row(math.inf, math.inf), flags(0, 0), flags(1, 1)), 0, 0)
     found = progress_reward(row(0, 4, 4), flags(1, 0, 0), flags(1, 1, 1))
-    same(found, 1, 0.25, 0.25)
+    assert_row(found, 1, 0.25, 0.25)
     group = ids(0, 0, 0)  # T: constant squashing is binary GRPO
     binary = advantage_of(group_zscore, row(1, 0, 0), group, flags(1, 1, 1), 1)
     torch.testing.assert_close(advantage_of(group_zscore, found, group, flags(1, 1, 1), 1), binary, rtol=1e-7, atol=1e-7)
@@ -267,16 +249,16 @@ def test_centre_distance_d16():
 def test_referee_reward_d17_by_hand():
     truth = row(1, 2, 3).repeat(4, 1)
     scores = torch.stack([row(0, 5, 9), row(9, 5, 0), row(1, 3, 2), row(4, 4, 4)])
-    same(referee_reward(scores, truth, torch.ones(4, 3, dtype=torch.bool)), 1, -1, 1 / 3, 0)
+    assert_row(referee_reward(scores, truth, torch.ones(4, 3, dtype=torch.bool)), 1, -1, 1 / 3, 0)
 
 
 def test_referee_reward_d17_of_two_candidates_ties_and_absent_ones():
     everybody = torch.ones(3, 2, dtype=torch.bool)
-    same(referee_reward(torch.stack([row(1, 0), row(0, 1), row(2, 2)]), row(1, 0).repeat(3, 1), everybody), 1, -1, 0)
-    same(referee_reward(row(1, 0)[None], row(3, 3)[None], everybody[:1]), 0)  # truth has no order
-    same(referee_reward(row(1, 0, 5)[None], row(1, 0, -5)[None], flags(1, 1, 0)[None]), 1)
-    same(referee_reward(row(0, 1, 2)[None], row(1, 1, 2)[None], flags(1, 1, 1)[None]), 1)  # two pairs differ, both are right
-    same(referee_reward(row(1)[None], row(1)[None], flags(1)[None]), 0)
+    assert_row(referee_reward(torch.stack([row(1, 0), row(0, 1), row(2, 2)]), row(1, 0).repeat(3, 1), everybody), 1, -1, 0)
+    assert_row(referee_reward(row(1, 0)[None], row(3, 3)[None], everybody[:1]), 0)  # truth has no order
+    assert_row(referee_reward(row(1, 0, 5)[None], row(1, 0, -5)[None], flags(1, 1, 0)[None]), 1)
+    assert_row(referee_reward(row(0, 1, 2)[None], row(1, 1, 2)[None], flags(1, 1, 1)[None]), 1)  # two pairs differ, both are right
+    assert_row(referee_reward(row(1)[None], row(1)[None], flags(1)[None]), 0)
 
 
 # --- marginal gains -------------------------------------------------------------------------------------------------------------------------------
@@ -284,7 +266,7 @@ def test_referee_reward_d17_of_two_candidates_ties_and_absent_ones():
 
 def test_marginal_gains_d19_by_hand_with_a_gap():
     values, mask = row(2, NAN, 3, 7)[None], flags(1, 0, 1, 1)[None]
-    same(marginal_gains(values, mask, row(1))[0], 1, 0, 1, 4)
+    assert_row(marginal_gains(values, mask, row(1))[0], 1, 0, 1, 4)
 
 
 @given(st.integers(0, 10_000))
@@ -304,9 +286,9 @@ def test_marginal_gains_d19_telescope_and_are_the_rewards_of_a_modular_function(
 
 def test_win_rate_a20_by_hand():
     preference = torch.tensor([[NAN, 1.0, 0.5], [0.0, NAN, 0.25], [0.5, 0.75, NAN]], dtype=torch.float64)
-    same(win_rate(preference, ids(0, 0, 0), flags(1, 1, 1)), 0.75, 0.125, 0.625)
-    same(win_rate(preference, ids(0, 0, 0), flags(1, 1, 0)), 1, 0, 0)
-    same(win_rate(preference, ids(0, 0, 1), flags(1, 1, 1)), 1, 0, 0.5)
+    assert_row(win_rate(preference, ids(0, 0, 0), flags(1, 1, 1)), 0.75, 0.125, 0.625)
+    assert_row(win_rate(preference, ids(0, 0, 0), flags(1, 1, 0)), 1, 0, 0)
+    assert_row(win_rate(preference, ids(0, 0, 1), flags(1, 1, 1)), 1, 0, 0.5)
 
 
 @given(st.integers(0, 10_000), st.floats(0.05, 5))
@@ -333,7 +315,7 @@ def test_gap_a21_is_lost_in_group_centring(seed):
     _, scores, group, valid = batch(seed)
     moved = gap(scores, row(1, -2, 30, 4), group)
     torch.testing.assert_close(advantage_of(group_mean, moved, group, valid, 4), advantage_of(group_mean, scores, group, valid, 4), **FP64)
-    same(gap(row(1, 2), row(5, 7), ids(1, 0)), -6, -3)
+    assert_row(gap(row(1, 2), row(5, 7), ids(1, 0)), -6, -3)
 
 
 # --- novelty --------------------------------------------------------------------------------------------------------------------------------------
@@ -343,10 +325,10 @@ def test_novelty_d7_by_hand():
     # likelihoods -2, 0, -1: mean -1, eta e^-1, e, 1
     advantages, likelihood = row(0.9, 0.5, -1.0), row(-2, 0, -1)
     found = novelty(advantages, likelihood, flags(1, 1, 0), ids(0, 0, 0), flags(1, 1, 1), 1)
-    same(found, 0.9 + 1 - math.exp(-1), 0.5, -1.0)
-    same(novelty(row(-0.5, 0.0, 0.5), likelihood, flags(1, 1, 1), ids(0, 0, 0), flags(1, 1, 1), 1), -0.5, 0.0, 0.5)  # only A > 0 gains
+    assert_row(found, 0.9 + 1 - math.exp(-1), 0.5, -1.0)
+    assert_row(novelty(row(-0.5, 0.0, 0.5), likelihood, flags(1, 1, 1), ids(0, 0, 0), flags(1, 1, 1), 1), -0.5, 0.0, 0.5)  # only A > 0 gains
     capped = novelty(advantages, likelihood, flags(1, 1, 0), ids(0, 0, 0), flags(1, 1, 1), 1, scale=100.0, cap=0.5)
-    same(capped, 1.35, 0.5, -1.0)
+    assert_row(capped, 1.35, 0.5, -1.0)
 
 
 @given(st.integers(0, 10_000), st.floats(0, 5), st.floats(0, 2))
@@ -370,7 +352,7 @@ def test_position_bonus_d8_by_hand():
     # eligible: positions 10 and 30, lengths 100 and 60: mean 20 and 80; -2 (p - 20) / 80 = +0.25 and -0.25
     advantages = row(1, 0.2, 1, -1)
     found = position_bonus(advantages, row(10, 30, NAN, 3), row(100, 60, NAN, 50), flags(1, 1, 0, 0), ids(0, 0, 0, 0), flags(1, 1, 1, 1), 1)
-    same(found, 1.25, 0.2 - 0.7 * 0.2, 1, -1)
+    assert_row(found, 1.25, 0.2 - 0.7 * 0.2, 1, -1)
 
 
 @given(st.integers(0, 10_000), st.floats(0, 0.99), st.floats(-5, 5))
@@ -397,14 +379,14 @@ def test_position_bonus_d8_without_a_call_or_length_changes_nothing():
 
 
 def test_downscaling_d14_sets_the_inserted_reward():
-    same(downscale_inserted(row(1, 0.3, NAN), flags(0, 0, 1)), 1, 0.3, 0.8)
-    same(downscale_inserted(row(1, 0.3), flags(1, 0), factor=0.5, highest=2.0), 1, 0.3)
+    assert_row(downscale_inserted(row(1, 0.3, NAN), flags(0, 0, 1)), 1, 0.3, 0.8)
+    assert_row(downscale_inserted(row(1, 0.3), flags(1, 0), factor=0.5, highest=2.0), 1, 0.3)
 
 
 def test_compression_d14_by_hand():
     e = math.e
     found = compress(row(0, 0.8, 1, 0.3))
-    same(found, 0.8 - (e**0.8 - 1) / (e - 1), 0.8, 0.8 + 0.01 * math.log(1.2), 0.8 - (e**0.5 - 1) / (e - 1))
+    assert_row(found, 0.8 - (e**0.8 - 1) / (e - 1), 0.8, 0.8 + 0.01 * math.log(1.2), 0.8 - (e**0.5 - 1) / (e - 1))
     assert found[0].item() == pytest.approx(0.0867, abs=2e-4)
     with pytest.raises(ValueError, match="below"):
         compress(row(0), below=0.0)
@@ -412,7 +394,7 @@ def test_compression_d14_by_hand():
 
 @given(st.floats(0, 1), st.floats(0.01, 2), st.floats(0.01, 5))
 def test_compression_d14_is_continuous_increasing_and_saturates(threshold, above, below):
-    same(compress(row(threshold), threshold=threshold, above=above, below=below), threshold)
+    assert_row(compress(row(threshold), threshold=threshold, above=above, below=below), threshold)
     grid = torch.linspace(0, 1, 101, dtype=torch.float64)
     found = compress(grid, threshold=threshold, above=above, below=below)
     assert found.diff().gt(0).all()
