@@ -73,7 +73,7 @@ class Builder:
     def plain(self, folder: Path) -> Any:
         """The pipeline as a user of diffusers has it."""
         kind = families._load(self.family)
-        pipeline = load_pipeline(str(folder), kind.pipelines, kind.title, kind.example, torch.float32)
+        pipeline = load_pipeline(str(folder), kind.pipelines, kind.title, kind.example, {"default": torch.float32})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

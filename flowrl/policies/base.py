@@ -235,7 +235,7 @@ class DiffusionPolicy(ABC):
         files = sorted(file for part in ("text_encoder*", "tokenizer*") for file in where.glob(f"{part}/*") if file.is_file())
         facts = [f"{file.parent.name}/{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         facts += [f"{type(encoder).__name__} {getattr(encoder.config, '_commit_hash', None)}" for encoder in self.text_encoders]
-        dtypes = sorted({str(p.dtype) for encoder in self.text_encoders for p in encoder.parameters()})  # not model.dtype: full fine-tuning has float32 ones
+        dtypes = sorted({str(p.dtype) for encoder in self.text_encoders for p in encoder.parameters()})  # not model.dtype: some keep float32 parts
         return "\n".join([str(where), type(self).__name__, *dtypes, str(self.config.max_sequence_length), *facts])
 
     @torch.no_grad()
