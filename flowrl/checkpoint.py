@@ -48,10 +48,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _digest(path: Path) -> str:
-    return digest_of(path)
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -90,7 +86,7 @@ def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], *, ide
             if not is_main:
                 return final
             _write(temporary / "state.pt", plain)
-            facts = {"format": _FORMAT, "iteration": iteration, "identity": identity, "sha256": _digest(temporary / "state.pt")}
+            facts = {"format": _FORMAT, "iteration": iteration, "identity": identity, "sha256": digest_of(temporary / "state.pt")}
             if shards:
                 facts[SHARDS] = digests
             (temporary / "checkpoint.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -155,7 +151,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"has format {facts['format']}, this version of flowrl reads {_FORMAT}")
         shards = facts.get(SHARDS)
         facts = {"iteration": int(facts["iteration"]), "identity": dict(facts["identity"]), "sha256": str(facts["sha256"])}
-        if _digest(folder / "state.pt") != facts["sha256"]:
+        if digest_of(folder / "state.pt") != facts["sha256"]:
             raise ValueError("is truncated or damaged (checksum differs)")
         if shards is not None and (problem := damaged_shard(folder / SHARDS, shards)):
             raise ValueError(problem)
@@ -202,9 +198,11 @@ def model_identity(policy: DiffusionPolicy) -> dict[str, Any]:
     return {"model": policy.config.path, "adapter": policy.config.adapter, "parameters": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]}
 
 
-def load_policy(run_dir: Path, policy: DiffusionPolicy, which: str = "last") -> int:
-    """Put a run's tuned weights (the average, when the run keeps one) into a policy, and say of which iteration they are.
+def load_policy(run_dir: Path, policy: DiffusionPolicy, which: str = "last", *, averaged: bool = True) -> int:
+    """Put a run's tuned weights into a policy, and say of which iteration they are.
 
+    Args:
+        averaged: the average, when the run keeps one; else as they were trained.
     Raises:
         UserError: there is no usable checkpoint.
     """
@@ -212,7 +210,7 @@ def load_policy(run_dir: Path, policy: DiffusionPolicy, which: str = "last") -> 
     if loaded is None:
         raise UserError(f"{run_dir} has no checkpoint yet; train it first")
     iteration, state = loaded
-    wanted = {name: state[name] for name in ("parameters" if state["ema"] is None else "ema", SHARDS) if name in state}
+    wanted = {name: state[name] for name in ("ema" if averaged and state["ema"] is not None else "parameters", SHARDS) if name in state}
     state = fit_state(wanted, policy.trainable())
     weights = state["parameters"] if "parameters" in state else state["ema"]["average"]
     for parameter, value in zip(policy.trainable(), weights, strict=True):

@@ -17,7 +17,7 @@ import jinja2
 import torch
 import yaml
 
-from flowrl.checkpoint import find_checkpoints, load_checkpoint, load_policy, model_identity
+from flowrl.checkpoint import find_checkpoints, load_policy
 from flowrl.config import Config, dump_config, list_methods, load_config
 from flowrl.figures import write_readme_figures
 from flowrl.gallery import load_pairs
@@ -27,7 +27,6 @@ from flowrl.policies.pipelines import DTYPE_KEYWORD, resolve_model_path
 from flowrl.results import headline_tiles, score_text
 from flowrl.run_records import Run, evaluated_policy, half_width, is_evaluated, load_run, unique
 from flowrl.sections import ModelConfig
-from flowrl.sharding import SHARDS, fit_state
 from flowrl.tracking import explain_full_disk, replace_file
 from flowrl.types import UserError
 from rewards.registry import load_reward
@@ -85,7 +84,7 @@ def export_run(
     plain = {"compile": "off", "attention_backend": None, "text_encoders": "keep", "prompt_storage": "device", "prompt_folder": None}
     policy = make_policy(config.model.model_copy(update=plain), torch.device("cpu"))
     averaged = config.ema is not None and weights != "raw"
-    iteration = load_policy(run, policy, checkpoint) if averaged or config.ema is None else _load_raw(run, policy, checkpoint)
+    iteration = load_policy(run, policy, checkpoint, averaged=averaged)
     kind = dtype or ("float32" if form == "lora" else config.model.dtype)
     asked = _Export(config, loaded, form, kind, averaged, iteration)
     with explain_full_disk(out, next_step="export again"), _whole_folder(out, force) as folder:
@@ -139,17 +138,6 @@ def _whole_folder(out: Path, force: bool) -> Iterator[Path]:
             new.replace(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _load_raw(run: Path, policy: DiffusionPolicy, checkpoint: str) -> int:
-    """`load_policy`, but the weights as they were trained."""
-    found = load_checkpoint(run, model_identity(policy), which=checkpoint)
-    assert found is not None  # there are checkpoints
-    iteration, state = found
-    state = fit_state({name: state[name] for name in ("parameters", SHARDS) if name in state}, policy.trainable())
-    for parameter, value in zip(policy.trainable(), state["parameters"], strict=True):
-        parameter.data.copy_(value)
-    return iteration
 
 
 # --- how it is loaded ---------------------------------------------------------------------------------------------------------------------------

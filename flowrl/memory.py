@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from flowrl.types import UserError
 
-__all__ = ["halved", "shortage"]
+__all__ = ["fitting_parts", "halved", "shortage"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -32,6 +34,30 @@ def halved(setting: str, size: int, device: torch.device, *, help: str) -> int:
     smaller = (size + 1) // 2
     _LOGGER.warning("%s: %d do not fit into the memory of %s; from now on %d", setting, size, device, smaller)
     return smaller
+
+
+def fitting_parts(count: int, size: Callable[[], int], work: Callable[[slice], Tensor], shrink: Callable[[int], None]) -> Tensor:
+    """``work`` on ``count`` rows, as many at a time as fit, joined.
+
+    Args:
+        size: rows at a time, asked anew for each part.
+        work: of the rows of a slice, one result a row.
+        shrink: called with a number of rows that did not fit, when nothing of the failed attempt is held any more; it makes ``size`` smaller, or raises.
+    """
+    parts: list[Tensor] = []
+    start = 0
+    while start < count:
+        stop = min(start + size(), count)
+        fits = True
+        try:
+            parts.append(work(slice(start, stop)))
+        except torch.OutOfMemoryError:
+            fits = False  # and out of the handler, whose error keeps the tensors of the attempt alive
+        if fits:
+            start = stop
+        else:
+            shrink(stop - start)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def shortage(error: Exception) -> str | None:

@@ -152,7 +152,7 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["_write", "_digest", "_sync"])
+@pytest.mark.parametrize("place", ["_write", "digest_of", "_sync"])
 def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     save(tmp_path, 5)
     monkeypatch.setattr(checkpoint, place, no_space)

@@ -370,8 +370,8 @@ def test_a_folder_in_use_is_written_into_only_by_force(lora_run: Path, tmp_path:
 def test_a_weight_that_does_not_fit_is_named(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
     original = exporting.load_policy
 
-    def with_a_large_weight(run: Path, policy: DiffusionPolicy, which: str) -> int:
-        iteration = original(run, policy, which)
+    def with_a_large_weight(run: Path, policy: DiffusionPolicy, which: str, *, averaged: bool) -> int:
+        iteration = original(run, policy, which, averaged=averaged)
         policy.network.context_embedder.bias.data[0] = 1e5
         policy.trainable()[0].data[0] = 1e6
         return iteration

@@ -292,7 +292,7 @@ def _die_at(place: str) -> None:
 
     places = {
         "half of state.pt": (checkpoint, "_write", half_state),
-        "before checkpoint.json": (checkpoint, "_digest", die),
+        "before checkpoint.json": (checkpoint, "digest_of", die),
         "before the rename": (checkpoint, "_sync", die),
         "before pruning": (checkpoint, "find_checkpoints", die),
         "half a line": (tracking, "_append", half_a_file),

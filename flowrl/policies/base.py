@@ -17,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowrl.memory import halved
+from flowrl.memory import fitting_parts, halved
 from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
 from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline, resolve_model_path
 from flowrl.policies.prompts import PromptCache
@@ -305,24 +305,23 @@ class DiffusionPolicy(ABC):
         def call(x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 return evaluate(x, sigma, prompt_row)
-            parts: list[Tensor] = []
-            start = 0
-            while start < len(x):
-                stop, before = start + self.rows_per_forward, replace(self.rows)
-                try:
-                    parts.append(evaluate(x[start:stop], sigma[start:stop], prompt_row[start:stop]).to(x.device))
-                except torch.OutOfMemoryError as error:
-                    if self.company is not None:
-                        raise UserError(
-                            f"training.rows_per_forward: {self.rows_per_forward} do not fit into the memory of {self.device}, and the processes of a sharded "
-                            "network cannot step back together; the last checkpoint is kept: go on with a smaller number"
-                        ) from error
-                    self.rows.forward = before.forward  # what had been done of this part is done again
-                    fitting = min(self.rows_per_forward, len(x) - start)
-                    self.rows_per_forward = halved("training.rows_per_forward", fitting, self.device, help=_SMALLER_MODEL)
-                    continue
-                start = stop
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            counted = self.rows.forward
+
+            def part(rows: slice) -> Tensor:
+                nonlocal counted
+                counted = self.rows.forward
+                return evaluate(x[rows], sigma[rows], prompt_row[rows]).to(x.device)
+
+            def shrink(rows: int) -> None:
+                if self.company is not None:
+                    raise UserError(
+                        f"training.rows_per_forward: {self.rows_per_forward} do not fit into the memory of {self.device}, and the processes of a sharded "
+                        "network cannot step back together; the last checkpoint is kept: go on with a smaller number"
+                    )
+                self.rows.forward = counted  # what had been done of this part is done again
+                self.rows_per_forward = halved("training.rows_per_forward", rows, self.device, help=_SMALLER_MODEL)
+
+            return fitting_parts(len(x), lambda: self.rows_per_forward, part, shrink)
 
         return call
 
@@ -418,18 +417,12 @@ class DiffusionPolicy(ABC):
 
     def _in_parts(self, values: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
         """``work`` on as many values at a time as the VAE's memory holds."""
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(values):
-            stop = start + self.pictures_at_once
-            try:
-                parts.append(work(values[start:stop]))
-            except torch.OutOfMemoryError:
-                help = "set model.vae_tiling: true, or smaller pictures"
-                self.pictures_at_once = halved("pictures decoded at once", min(self.pictures_at_once, len(values) - start), self.device, help=help)
-                continue
-            start = stop
-        return torch.cat(parts)
+
+        def shrink(pictures: int) -> None:
+            help = "set model.vae_tiling: true, or smaller pictures"
+            self.pictures_at_once = halved("pictures decoded at once", pictures, self.device, help=help)
+
+        return fitting_parts(len(values), lambda: self.pictures_at_once, lambda part: work(values[part]), shrink)
 
     def export(self, folder: Path, form: Literal["lora", "network", "pipeline"] | None = None, dtype: torch.dtype | None = None) -> None:
         """Write what plain diffusers loads: pytorch_lora_weights.safetensors (load_lora_weights), the network's folder or a whole pipeline (from_pretrained).

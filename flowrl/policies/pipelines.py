@@ -16,12 +16,12 @@ from transformers.utils import logging as transformers_logging
 
 from flowrl.types import UserError
 
-__all__ = ["ASSETS", "DTYPE_KEYWORD", "load_pipeline", "pipeline_class", "resolve_model_path", "without_progress_bars"]
+__all__ = ["ASSETS", "DTYPE_KEYWORD", "UNUSABLE", "UNUSED", "load_pipeline", "pipeline_class", "resolve_model_path", "without_progress_bars"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPE_KEYWORD = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"  # diffusers renamed it in 0.40
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines that flowrl never runs; they are neither needed nor loaded
-_UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError)  # what diffusers raises for folders that are no pipelines
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines that flowrl never runs; they are neither needed nor loaded
+UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError)  # what diffusers raises for folders that are no pipelines
 
 
 def resolve_model_path(path: str) -> str:
@@ -58,7 +58,7 @@ def pipeline_class(path: str, example: str) -> str:
     where, _ = _located(path, example)
     try:
         return str(DiffusionPipeline.load_config(where).get("_class_name"))
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         raise UserError(f"model.path: {path} could not be loaded as a pipeline: {_first_line(error)}{_advice(error)}") from error
 
 
@@ -78,7 +78,7 @@ def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, d
         kind = str(index.get("_class_name"))
         if kind not in classes:
             raise UserError(f"model.path: {path} is a {kind}, not a {title} pipeline")
-        parts = {name: None if name in _UNUSED else entry[0] for name, entry in index.items() if isinstance(entry, (list, tuple))}
+        parts = {name: None if name in UNUSED else entry[0] for name, entry in index.items() if isinstance(entry, (list, tuple))}
         for name in parts:
             if local and parts[name] is not None and not (local / name).is_dir():  # transformers would make an empty tokenizer without a word
                 raise UserError(f"model.path: {path} has no folder {name}, which its model_index.json names; copy the whole pipeline")
@@ -86,7 +86,7 @@ def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, d
         absent |= {"requires_safety_checker": False} if "safety_checker" in absent else {}
         with without_progress_bars() if local else nullcontext():
             return getattr(diffusers, kind).from_pretrained(where, **{DTYPE_KEYWORD: {"vae": torch.float32, **dtypes}}, **absent)
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         raise UserError(f"model.path: {path} could not be loaded as a {title} pipeline: {_first_line(error)}{_advice(error)}") from error
 
 

@@ -17,16 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowrl.policies import base
-from flowrl.policies.pipelines import pipeline_class, resolve_model_path
+from flowrl.policies.pipelines import UNUSABLE, UNUSED, pipeline_class, resolve_model_path
 from flowrl.types import UserError
 
 __all__ = ["Loader", "pipelines_from", "weightless"]
 
 Loader = Callable[[str, Sequence[str], str, str, Mapping[str, torch.dtype]], Any]
 """(path, classes, title, example, dtypes) -> a pipeline, as `flowrl.policies.pipelines.load_pipeline`."""
-
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # what flowrl never runs
-_UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what the libraries raise for a config that is missing or is none
 
 
 @contextmanager
@@ -75,13 +72,13 @@ def _without_weights(path: str, classes: Sequence[str], title: str, example: str
     try:
         with unset_fake_temporarily():
             index = DiffusionPipeline.load_config(where)
-        entries = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and name not in _UNUSED}
-        parts: dict[str, Any] = dict.fromkeys((*entries, *(name for name in _UNUSED if name in index)))
+        entries = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and name not in UNUSED}
+        parts: dict[str, Any] = dict.fromkeys((*entries, *(name for name in UNUSED if name in index)))
         parts |= {name: _part(where, name, entry[0], entry[1], dtypes.get(name, dtypes["default"])) for name, entry in entries.items() if entry[0] is not None}
         parts |= {name: value for name, value in index.items() if not name.startswith("_") and name not in parts}
         parts |= {"requires_safety_checker": False} if "safety_checker" in parts else {}
         return getattr(diffusers, kind)(**parts)
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.path: the configs of {path} could not be read as a {title} pipeline: {said}") from error
 
