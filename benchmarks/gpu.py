@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowrl.assignment import Assignment
 from flowrl.config import Config, dump_config, load_config
 from flowrl.core.advantages import edge_advantages
+from flowrl.engines.diffusion import Sampled
 from flowrl.memory_estimate import estimate_memory
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.families import make_policy
@@ -331,9 +332,9 @@ class Bench:
         self.trainer = Trainer(config)
         trainer = self.trainer
         self.policy: DiffusionPolicy = trainer.policy
-        self.prompts = [trainer.prompts[i] for i in trainer.sampler.groups(0)]
+        self.prompts = [trainer.prompts[i] for i in trainer.engine.sampler.groups(0)]
         self.prompt_rows = self.policy.prompt_rows([p.text for p in self.prompts])
-        self.plan = trainer.plan(1)
+        self.plan = trainer.engine.plan(1)
         self.velocity = self.policy.velocity(config.rollout.guidance_scale)
         self.batches: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
         self.rollout = self._walk(self._recording)
@@ -359,7 +360,7 @@ class Bench:
         self.policy.decode(self._walk(self.velocity).leaves)
 
     def train(self) -> dict[str, Any]:
-        return self.trainer.update(self.plan, self.assignment, self.prompts, list(range(len(self.prompts))), 1)
+        return self.trainer.update(Sampled(self.plan, self.rollout, 0), self.assignment, self.prompts, list(range(len(self.prompts))), 1)
 
     def _bare(self, x: Tensor, sigma: Tensor, prompts: dict[str, Tensor]) -> Tensor:
         policy = self.policy

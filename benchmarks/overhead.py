@@ -22,6 +22,7 @@ from torch import Tensor
 from flowrl.assignment import Assignment
 from flowrl.config import load_config
 from flowrl.core.advantages import edge_advantages
+from flowrl.engines.diffusion import Sampled
 from flowrl.seeds import generator
 from flowrl.trainer import Trainer
 from flowrl.versions import versions
@@ -48,9 +49,9 @@ class Case:
         # no KL: the reference is one more forward of the same rows, which the bare side does not make
         self.trainer = Trainer(load_config(config, ["run_dir=unused", "kl.weight=0", *overrides]))
         trainer, rollout = self.trainer, self.trainer.config.rollout
-        self.prompts = [trainer.prompts[i] for i in trainer.sampler.groups(0)]
+        self.prompts = [trainer.prompts[i] for i in trainer.engine.sampler.groups(0)]
         self.prompt_rows = trainer.policy.prompt_rows([p.text for p in self.prompts])
-        self.plan = trainer.plan(1)
+        self.plan = trainer.engine.plan(1)
         self.velocity = trainer.policy.velocity(rollout.guidance_scale)
         self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self.rollout = self.roll_out(record=True)
@@ -78,12 +79,12 @@ class Case:
         return concatenate(parts)
 
     def sample_and_score(self) -> None:
-        _, futures = self.trainer.roll_out(self.plan, self.prompts, list(range(len(self.prompts))), 1)
+        _, futures = self.trainer.engine.sample(self.plan, self.prompts, list(range(len(self.prompts))), 1)
         for future in futures:
             future.result()
 
     def train(self) -> None:
-        self.trainer.update(self.plan, self.assignment, self.prompts, list(range(len(self.prompts))), 1)
+        self.trainer.update(Sampled(self.plan, self.rollout, 0), self.assignment, self.prompts, list(range(len(self.prompts))), 1)
 
     def network(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         policy = self.trainer.policy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from flowrl.likelihood_agreement import DIRECT_NAMES, PAIR_NAMES, likelihood_disagreements
+from flowrl.objective_agreement import clip_has_effect, objective_disagreements, unknown_objective
 
 if TYPE_CHECKING:
     from flowrl.config import Config
@@ -22,15 +23,26 @@ BOUNDED_KERNELS = ("cps", "ddim", "sde_dpm++")
 
 def disagreements(config: Config) -> Iterator[str]:
     """One line for every pair of values that do not go together, with what to do."""
-    if config.rollout.num_steps < 2:
-        yield "rollout.num_steps: 1 leaves nothing to train, the last step is never stochastic; use at least 2"
+    if line := unknown_objective(config.objective.name):
+        yield line  # what goes with it cannot be known
+        return
+    from flowrl.text.agreement import only_of_text, token_disagreements  # they read classes that read the config's
+
+    if config.likelihood == "token":
+        yield from token_disagreements(config)
     else:
-        yield from _plan(config.rollout)
-    yield from likelihood_disagreements(config)
+        if config.rollout.num_steps < 2:
+            yield "rollout.num_steps: 1 leaves nothing to train, the last step is never stochastic; use at least 2"
+        else:
+            yield from _plan(config.rollout)
+        yield from only_of_text(config)
+    yield from objective_disagreements(config)
+    if config.likelihood != "token":
+        yield from likelihood_disagreements(config)
     if config.likelihood == "transition":
         yield from _selection(config)
         yield from _credit(config)
-    yield from _history(config)
+    yield from _advantage(config)
     yield from _several_rewards(config)
     yield from _training(config)
 
@@ -162,8 +174,8 @@ def _selection(config: Config) -> Iterator[str]:
 
 def _credit(config: Config) -> Iterator[str]:
     credit, advantage, plan = config.credit, config.advantage, config.rollout.plan
-    if credit.normalize != "leaf" and advantage.name != "group_zscore":
-        yield f"credit.normalize: {credit.normalize} compares nodes by their z-score; set advantage.name: group_zscore"
+    if credit.normalize != "leaf" and (advantage.centre, advantage.scale) != ("group", "group_std"):
+        yield f"credit.normalize: {credit.normalize} compares nodes by their z-score; set advantage.centre: group and advantage.scale: group_std"
     if credit.normalize != "leaf" and plan == "granular":
         yield "credit.normalize: leaves of a granular plan are compared within their step and granularity; use leaf"
     if credit.integrate == "sum" and plan != "granular":
@@ -178,17 +190,26 @@ def _credit(config: Config) -> Iterator[str]:
         yield "layer_tuning.weight: the supervised term follows the best path of a tree; use plan: tree, or weight 0"
 
 
-def _history(config: Config) -> Iterator[str]:
-    advantage = config.advantage
-    if advantage.name != "prompt_history":
-        return
-    if advantage.aggregate != "rewards":
-        yield "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards"
-    if advantage.history_least > advantage.history_size:
-        yield (
-            f"advantage.history_least: {advantage.history_least} rewards are never reached with history_size {advantage.history_size}; "
-            f"use at most {advantage.history_size}"
-        )
+def _advantage(config: Config) -> Iterator[str]:
+    a = config.advantage
+    for key, value in (("centre", a.centre), ("scale", a.scale)):
+        if value == "history" and a.aggregate != "rewards":
+            yield f"advantage.aggregate: {key} history remembers the weighted sum of the rewards; use aggregate: rewards"
+            break
+    if "history" in (a.centre, a.scale) and a.history_least > a.history_size:
+        yield f"advantage.history_least: {a.history_least} rewards are never reached with history_size {a.history_size}; use at most {a.history_size}"
+    if a.centre == "length_weighted" and config.likelihood != "token":
+        yield "advantage.centre: length_weighted weighs answers by their lengths, and pictures have none; use group"
+    bounded = [key for key, value in (("centre: virtual_max", a.centre), ("scale: beta", a.scale)) if key.endswith(f" {value}")]
+    for key in bounded[:1]:
+        if a.aggregate != "rewards":
+            yield f"advantage.aggregate: {key} needs the range of the weighted sum of the rewards; use aggregate: rewards"
+        if config.reward_weights.kind == "gradient":
+            yield f"reward_weights.kind: {key} needs the range of the weighted sum, and gradient changes its weights; use fixed"
+        if any(reward.minimum is not None for reward in config.rewards):
+            yield f"rewards: a minimum puts samples below the lowest reward, and {key} needs its range; leave it out"
+    if config.data.pairs is not None and bounded:
+        yield f"data.pairs: stored pairs have no rewards with a range, which {bounded[0]} needs; leave it out"
 
 
 def _training(config: Config) -> Iterator[str]:
@@ -233,7 +254,7 @@ def _several_rewards(config: Config) -> Iterator[str]:
     if weights.kind == "gradient":
         if any(reward.weight < 0 for reward in weighted):
             yield f"{where} keeps weights positive; give positive weights, or use fixed"
-        if config.critic is not None or config.advantage.name == "prompt_history":
+        if config.critic is not None or config.advantage.centre in ("history", "ema") or config.advantage.scale == "history":
             yield f"{where} takes the gradient of each reward alone, which a critic or a history of totals cannot give; leave them out, or use fixed"
         return
     if weights.split is not None and weights.split not in config.data.eval:
@@ -269,22 +290,37 @@ def settings_without_effect(config: Config) -> Iterator[str]:
     yield from _of_the_likelihood(config)
     if credit.backup == "mean":
         yield from _changed("credit", credit, only=["temperature"], why="backup mean")
-    advantage = config.advantage
-    if advantage.name == "prompt_history":
-        yield from _changed("advantage", advantage, only=["ddof"], why="prompt_history, which has ddof 0")
-    else:
-        yield from _changed("advantage", advantage, only=["history_size", "history_least"], why=f"advantage {advantage.name}")
-    if config.objective.name == "reinforce":
-        yield from _changed("objective", config.objective, only=["dynamic_clip"], why="reinforce, which has no clip")
+    yield from _of_the_advantage(config)
+    yield from _of_the_clip(config)
     kind = config.reward_weights.kind
     used = {"hypervolume": ("split", "reference"), "gradient": ("every", "rate"), "fixed": ()}[kind]
     yield from _changed("reward_weights", config.reward_weights, except_for=("kind", *used), why=f"kind {kind}")
-    if advantage.aggregate == "rewards":
-        yield from _changed("advantage", advantage, only=["std_floor"], why="aggregate rewards")
     if config.data.pairs is not None:
         yield from (f"rewards: the minimum of {reward.key} has no effect with stored pairs" for reward in config.rewards if reward.minimum is not None)
     if config.layer_tuning.weight == 0:
         yield from _changed("layer_tuning", config.layer_tuning, why="weight 0")
+
+
+def _of_the_advantage(config: Config) -> Iterator[str]:
+    a = config.advantage
+    if a.aggregate == "rewards":
+        yield from _changed("advantage", a, only=["std_floor"], why="aggregate rewards")
+    if "history" not in (a.centre, a.scale):
+        yield from _changed("advantage", a, only=["history_size", "history_least"], why=f"centre {a.centre} and scale {a.scale}")
+    if a.scale in ("none", "history", "beta"):
+        yield from _changed("advantage", a, only=["ddof"], why="scale history, which has ddof 0" if a.scale == "history" else f"scale {a.scale}")
+    if a.scale in ("none", "beta"):
+        yield from _changed("advantage", a, only=["eps"], why=f"scale {a.scale}")
+    used = {"virtual": a.centre == "virtual_max", "decay": a.centre == "ema"}
+    used["singleton"] = a.centre in ("group", "leave_one_out", "length_weighted", "virtual_max")
+    yield from _changed("advantage", a, only=[key for key, live in used.items() if not live], why=f"centre {a.centre}")
+
+
+def _of_the_clip(config: Config) -> Iterator[str]:
+    o = config.objective
+    if not clip_has_effect(o):
+        why = "ratio none, which is always 1" if o.ratio == "none" else f"{o.name}, which has no clip"
+        yield from _changed("objective", o, only=["clip_low", "clip_high", "dynamic_clip"], why=why)
 
 
 def _of_the_likelihood(config: Config) -> Iterator[str]:

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from flowrl.config import Config
-from flowrl.core.advantages import ADVANTAGES, group_statistics
+from flowrl.core.advantages import group_statistics
 from flowrl.core.aggregation import batch_standardised, gate
 from flowrl.core.credit import backup, integrate, layer_advantages, layer_position, sibling_advantages
-from flowrl.core.history import PromptHistory
 from flowrl.core.layer_tuning import progress_weights, rows_of_best, straight_velocity
 from flowrl.core.objectives import dynamic_clip_bounds
 from flowrl.core.preference import PAIR_OBJECTIVES
 from flowrl.core.selection import best_and_worst, contrast_mask, depth_mask, depth_window, edges_of_leaves, fraction_mask, width_mask
 from flowrl.core.transforms import NORMALISED, transform
+from flowrl.estimation import Estimator, batch_spread
 from flowrl.reward_weights import RewardWeights
 from flowrl.seeds import generator
 from flowrl.types import Rollout, Scores, UserError
@@ -88,18 +88,24 @@ class Samples:
 
 
 class Assigner:
-    """The `advantage`, `credit`, `selection` and `layer_tuning` sections of a run. Its only state is the history of rewards, if one is kept.
+    """The `advantage`, `credit`, `selection` and `layer_tuning` sections of a run. Its only state is that of its `Estimator`.
 
     Args:
         add: a number summed over processes.
         rewards: their current weights, which others change; None = those of the config.
+        bounds: lowest and highest total reward that there can be; None = not known.
     """
 
-    def __init__(self, config: Config, add: Callable[[float], float] = float, rewards: RewardWeights | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        add: Callable[[float], float] = float,
+        rewards: RewardWeights | None = None,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
         self.config, self.add = config, add
         self.rewards = rewards or RewardWeights(config)
-        a = config.advantage
-        self.history = PromptHistory(a.history_size, a.history_least) if a.name == "prompt_history" else None
+        self.estimator = Estimator(config.advantage, add, bounds)
         tuned = config.layer_tuning.weight > 0 and config.layer_tuning.target == "best_velocity"
         self.keep_velocity = tuned or config.objective.ratio == "ratio_norm"
 
@@ -160,7 +166,8 @@ class Assigner:
         """Advantages of whole samples; arguments as above."""
         total, clip = self._gated(rollout, scores), self.config.advantage.clip
         raw = self._leaf_advantages(rollout, scores, everywhere, prompts)
-        clamped = raw if self.config.advantage.name == "reward" else raw.clamp(-clip, clip)  # a reward has any scale
+        a = self.config.advantage
+        clamped = raw if a.centre == a.scale == "none" else raw.clamp(-clip, clip)  # a reward has any scale
         num_clamped = float((raw != clamped).sum())
         clamped = clamped * self.rewards.factor
         sums = {"abs_advantage": clamped.abs().sum().item(), "clamped": num_clamped, "all": float(len(raw))}
@@ -203,35 +210,22 @@ class Assigner:
     def _leaf_advantages(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], prompts: tuple[Tensor, Tensor]) -> Tensor:
         """[B] float64, from the total reward or as the weighted sum of each reward's advantage."""
         a, total, sets = self.config.advantage, self._gated(rollout, scores), rollout.leaf_set
-        if self.history is not None:
-            here, there = prompts
-            self.history.update(there, everywhere["total"].values.double(), everywhere["total"].valid)
-            mean, std = self.history.statistics(here)
-            return torch.where(total.valid, (total.values.double() - mean) / (std + a.eps), 0.0)
         num_sets = int(sets.max()) + 1
         if a.aggregate == "rewards" or scores.keys() == {"total"}:  # a total alone: the gradient of one reward is measured
-            return self._advantages(total, everywhere["total"], "total", sets, total.valid, num_sets)
+            return self.estimator(total, everywhere["total"], sets, num_sets, prompts=prompts)
         out = torch.zeros(len(sets), dtype=torch.float64)
         optional = {reward.key for reward in self.config.rewards if not reward.required}
         for name in self.rewards.names:
             if name in optional and not bool(everywhere[name].valid.any()):
                 continue
             valid = scores[name].valid & total.valid
-            out += self.rewards.weights[name] * self._advantages(scores[name], everywhere[name], name, sets, valid, num_sets)
+            eps = a.eps + a.std_floor * batch_spread(everywhere[name], a.ddof)
+            one = self.estimator(scores[name], everywhere[name], sets, num_sets, prompts=prompts, name=name, valid=valid, eps=eps)
+            out += self.rewards.weights[name] * one
         satisfied = self._satisfied(scores)
         if satisfied is not None:
             out = gate(out, satisfied, sets, total.valid, num_sets)
         return out if a.aggregate == "advantages" else self._standardised(out, total.valid)
-
-    def _advantages(self, score: Scores, everywhere: Scores, name: str, sets: Tensor, valid: Tensor, num_sets: int) -> Tensor:
-        """[B] float64 of one reward."""
-        a = self.config.advantage
-        rewards = everywhere.values[everywhere.valid].double()
-        if not len(rewards):
-            raise UserError(f"reward {name} could score no sample of the iteration; see its own messages")
-        spread = rewards.std(correction=a.ddof) if len(rewards) > a.ddof else torch.zeros(())
-        eps = a.eps + (0.0 if name == "total" else a.std_floor * float(spread))
-        return ADVANTAGES[a.name](score.values.double(), sets, valid, num_sets, eps=eps, ddof=a.ddof, global_spread=spread)
 
     def _standardised(self, advantages: Tensor, valid: Tensor) -> Tensor:
         """GDPO: over the samples of all processes."""
@@ -335,17 +329,11 @@ class Assigner:
         return Tuning(weight, rollout.row_velocity[source[rows].clamp_min(0).to(place.device)])
 
     def state_dict(self) -> dict[str, Any] | None:
-        return None if self.history is None else self.history.state_dict()
+        return self.estimator.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """
-        Raises:
-            UserError: the checkpoint has a history and the config keeps none, or the other way round.
-        """
-        if (self.history is None) != (state is None):
-            raise UserError("the checkpoint and the config disagree on whether rewards of prompts are remembered (advantage.name: prompt_history)")
-        if self.history is not None and state is not None:
-            self.history.load_state_dict(state)
+        """Raises what `Estimator.load_state_dict` raises."""
+        self.estimator.load_state_dict(state)
 
 
 def least_rows(plan: Plan, keep: Tensor, num_groups: int) -> int:

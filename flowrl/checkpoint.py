@@ -22,7 +22,7 @@ from flowrl.types import UserError
 __all__ = ["find_checkpoints", "load_checkpoint", "load_policy", "model_identity", "random_state", "restore_random_state", "save_checkpoint"]
 
 _LOGGER = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 
 
 def random_state() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from flowrl.sections import (
     DirectConfig,
     EmaConfig,
     EvaluationConfig,
+    GenerationConfig,
     KLConfig,
     LayerTuningConfig,
     LoggingConfig,
@@ -44,6 +45,7 @@ from flowrl.sections import (
     TrainingConfig,
     reward_entries,
 )
+from flowrl.text_sections import AllocationConfig, EntropyConfig, PluginConfig, TokenCreditConfig, TokensConfig, ValueConfig, plugin_entries
 from flowrl.types import UserError
 
 __all__ = ["Config", "Method", "dump_config", "list_methods", "load_config"]
@@ -63,7 +65,12 @@ class Config(Section):
     data: DataConfig = DataConfig()
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="at least one reward, for example [scene]")
     rollout: RolloutConfig = RolloutConfig()
-    likelihood: Literal["transition", "matching"] = Field("transition", description="density of SDE steps, or flow-matching loss of the finished sample")
+    generation: GenerationConfig = GenerationConfig()
+    allocation: AllocationConfig = AllocationConfig()
+    shaping: tuple[PluginConfig, ...] = Field((), description="what is done to rewards and advantages before training, in this order; see docs/text_methods.md")
+    likelihood: Literal["transition", "matching", "token"] = Field(
+        "transition", description="density of SDE steps, flow-matching loss of the finished sample, or probability of the tokens of a language model"
+    )
     matching: MatchingConfig = MatchingConfig()
     old_policy: OldPolicyConfig | None = None
     anchor: AnchorConfig = AnchorConfig()
@@ -72,9 +79,13 @@ class Config(Section):
     reward_weights: RewardWeightsConfig = RewardWeightsConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     credit: CreditConfig = CreditConfig()
+    token_credit: TokenCreditConfig = TokenCreditConfig()
+    tokens: TokensConfig = TokensConfig()
+    value: ValueConfig | None = None
     selection: SelectionConfig = SelectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     kl: KLConfig = KLConfig()
+    entropy: EntropyConfig = EntropyConfig()
     layer_tuning: LayerTuningConfig = LayerTuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig | None = EmaConfig()
@@ -83,6 +94,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     _shorthand = field_validator("rewards", mode="before")(reward_entries)
+    _plugins = field_validator("shaping", mode="before")(plugin_entries)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -105,7 +117,7 @@ class Method(Section):
 @cache
 def list_methods() -> dict[str, Method]:
     """All methods that ship with flowrl, name -> contents, in alphabetical order."""
-    files = sorted(_METHODS.glob("*.yaml"))
+    files = sorted(_METHODS.rglob("*.yaml"), key=lambda file: file.stem)
     return {file.stem: Method.model_validate(OmegaConf.to_container(OmegaConf.load(file))) for file in files}
 
 

@@ -1,53 +1,53 @@
-"""Prompts: reading them from files, and which of them an iteration samples."""
+"""Prompts: reading them from files and tables, and which of them an iteration samples."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flowrl.messages import read_messages
 from flowrl.mistakes import did_you_mean
+from flowrl.tables import nearest, open_table, parse_line, plain_columns, read_lines, table_rows
 from flowrl.types import Prompt, UserError
 
-__all__ = ["GroupSampler", "load_prompts"]
+__all__ = ["GroupSampler", "load_prompts", "metadata_of", "only_one"]
 
 _EMBEDDED = Path(__file__).parent / "assets" / "prompts"
-_SHOWN_LINES = 5
+_ACCEPTED = "give a .txt file with one prompt a line or a .jsonl file with a `prompt` key, a .parquet file, a folder that `datasets` saved, or a hub id"
+_COLUMNS = ("prompt", "question", "problem", "messages")
+_ANSWERS = ("solution", "ground_truth", "final_answer", "gold_answer", "reference_answer")
+"""What data sets call the right answer, where nothing is called ``answer``."""
+_EXAMPLES = {"prompt": '"a red circle"', "question": '"What is 2 + 3?"', "problem": '"What is 2 + 3?"'}
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read prompts in the order of the file.
+    """Read prompts in the order of the file or table.
+
+    A text stands under one of ``prompt``, ``question``, ``problem``, or as the last message, which is the user's, of ``messages`` (or of a list under
+    ``prompt``): the whole list is then the metadata ``messages``. All other keys, and those inside ``metadata``, become the prompt's metadata unchanged.
+    Without an ``answer``, a ``solution``, ``ground_truth``, ``final_answer``, ``gold_answer`` or ``reference_answer`` is repeated as the metadata ``answer``.
 
     Args:
-        path: a ``.txt`` file with one prompt a line; a ``.jsonl`` file with one object a line, whose ``prompt`` is the text and whose
-            other keys, and those inside its ``metadata``, become the prompt's metadata; or an embedded set: ``flowrl:tiny-sd3/train``.
+        path: a ``.txt`` file with one prompt a line; a ``.jsonl`` file with one object a line; an embedded set: ``flowrl:tiny-sd3/train``; or, by the
+            `datasets` library, a folder that it saved, a ``.parquet`` file, or a hub id, with its configuration and split where it has several:
+            ``openai/gsm8k:main@test``. Columns of pictures, sound, bytes and dates are left out.
 
     Raises:
-        UserError: the file is missing, unreadable, empty or of another kind, has blank lines, or a line is not such an object.
+        UserError: it is missing, unreadable, empty or of another kind, has blank lines, or a line or row has no text, two that could be it, or a wrong
+            conversation; one line that names it.
     """
+    if not str(path).startswith("flowrl:") and Path(path).suffix not in (".txt", ".jsonl"):
+        return _from_table(str(path))
     file = _embedded(str(path)) if str(path).startswith("flowrl:") else Path(path)
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"prompts {path}: give a .txt file with one prompt a line or a .jsonl file with a `prompt` key")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"prompts {path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"prompts {path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts {path}: is not UTF-8 text") from error
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    if not any(lines):
-        raise UserError(f"prompts {path}: is empty; give one prompt a line")
-    if blank := [number for number, line in enumerate(lines, 1) if not line]:
-        raise UserError(f"prompts {path}: {_line_numbers(blank)} blank; remove empty lines")
+    lines = read_lines(file, f"prompts {path}", "prompt")
     if file.suffix == ".txt":
         return [Prompt(line) for line in lines]
-    return [_parse(line, f"prompts {path}: line {number}") for number, line in enumerate(lines, 1)]
+    return [_prompt_of(parse_line(line, where := f"prompts {path}: line {number}"), where) for number, line in enumerate(lines, 1)]
 
 
 def _embedded(name: str) -> Path:
@@ -57,26 +57,67 @@ def _embedded(name: str) -> Path:
     return known[name]
 
 
-def _line_numbers(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_SHOWN_LINES]))
-    more = f" and {len(numbers) - _SHOWN_LINES} more" if len(numbers) > _SHOWN_LINES else ""
-    return f"line {shown} is" if len(numbers) == 1 else f"lines {shown}{more} are"
+def _from_table(name: str) -> list[Prompt]:
+    what = f"prompts {name}"
+    table = open_table(name, what, _ACCEPTED)
+    column = only_one(_COLUMNS, table.column_names, f"{what}: the table")
+    if column is None:
+        hint = nearest(_COLUMNS, table.column_names) or f"it has {', '.join(table.column_names)}"
+        raise UserError(f"{what}: no column `prompt`, `question`, `problem` or `messages`; {hint}")
+    columns = plain_columns(table)
+    if column not in columns:
+        raise UserError(f"{what}: column `{column}` holds {table.features[column]}, not text")
+    return [_prompt_of(row, f"{what}: row {number}") for number, row in enumerate(table_rows(table, columns))]
 
 
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise UserError(f'{where} needs a non-empty text under `prompt`, for example {{"prompt": "a red circle"}}')
-    text = entry.pop("prompt").strip()
-    nested = entry.pop("metadata", {})
+def _prompt_of(entry: Any, where: str) -> Prompt:
+    column = only_one(_COLUMNS, entry, where) if isinstance(entry, dict) else None
+    value = entry[column] if column is not None else None
+    if column == "messages" or (column == "prompt" and isinstance(value, list)):
+        messages = read_messages(value, where, column)
+        if messages[-1]["role"] != "user":
+            raise UserError(f"{where}: the last message of `{column}` is of the role {messages[-1]['role']}; a prompt ends with the user's")
+        text, conversation = messages[-1]["content"], {"messages": messages}
+    elif isinstance(value, str) and value.strip():
+        text, conversation = value, {}
+    else:
+        column = column or "prompt"
+        hint = nearest(_COLUMNS, entry) if isinstance(entry, dict) and column not in entry else ""
+        raise UserError(f'{where} needs a non-empty text under `{column}`, for example {{"{column}": {_EXAMPLES[column]}}}{"; " * bool(hint)}{hint}')
+    metadata = metadata_of({key: other for key, other in entry.items() if key != column}, where)
+    if conversation.keys() & metadata.keys():
+        raise UserError(f"{where}: `metadata` has messages too; keep one")
+    if "answer" not in metadata:
+        name = only_one(_ANSWERS, metadata, where, "the right answer, and call it `answer`")
+        metadata |= {} if name is None else {"answer": metadata[name]}
+    return Prompt(text.strip(), metadata | conversation)
+
+
+def only_one(names: tuple[str, ...], keys: Any, where: str, meaning: str = "the prompt") -> str | None:
+    """The one of these names that is among the keys, None if none is.
+
+    Raises:
+        UserError: two are.
+    """
+    found = [name for name in names if name in keys]
+    if len(found) > 1:
+        raise UserError(f"{where} has {' and '.join(f'`{name}`' for name in found)}; keep the one that is {meaning}")
+    return found[0] if found else None
+
+
+def metadata_of(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys of an entry and those inside its ``metadata``, which may be missing or None, side by side.
+
+    Raises:
+        UserError: ``metadata`` is not an object, or a key stands in both.
+    """
+    nested = {} if entry.get("metadata") is None else entry["metadata"]
     if not isinstance(nested, dict):
         raise UserError(f"{where}: `metadata` is not an object")
-    if both := sorted(entry.keys() & nested.keys()):
+    own = {key: value for key, value in entry.items() if key != "metadata"}
+    if both := sorted(own.keys() & nested.keys()):
         raise UserError(f"{where}: {', '.join(both)} stands both beside and inside `metadata`; keep one")
-    return Prompt(text, entry | nested)
+    return own | nested
 
 
 class GroupSampler:

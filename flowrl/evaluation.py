@@ -113,6 +113,10 @@ class Evaluation:
             out[name] = (*mean_ci95(values[valid], clusters), int(valid.sum()))
         return out
 
+    def save(self, folder: Path, split: str) -> None:
+        """Write the kept pictures, see `save_grid`."""
+        save_grid(folder, split, self)
+
 
 class Evaluator:
     """Samples prompt sets with a policy and scores them; on several processes each takes a share."""

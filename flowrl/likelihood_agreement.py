@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from flowrl.objective_names import names_of
+
 if TYPE_CHECKING:
     from flowrl.config import Config
 
 __all__ = ["DIRECT_NAMES", "PAIR_NAMES", "likelihood_disagreements", "trains_steps"]
 
-DIRECT_NAMES = ("refl", "draft", "direct_align")
-PAIR_NAMES = ("dpo", "ipo", "simpo", "rpo")
+DIRECT_NAMES = names_of("direct")
+PAIR_NAMES = names_of("pair", "matching")
 
 
 def trains_steps(config: Config) -> bool:
@@ -26,7 +28,7 @@ def likelihood_disagreements(config: Config) -> Iterator[str]:
         yield from _direct(config)
     elif config.likelihood == "matching":
         yield from _matching(config)
-    else:
+    elif config.likelihood == "transition":
         yield from _transition(config)
     if config.data.pairs is not None:
         yield from _pairs_file(config)
@@ -43,10 +45,7 @@ def likelihood_disagreements(config: Config) -> Iterator[str]:
 
 
 def _transition(config: Config) -> Iterator[str]:
-    name = config.objective.name
-    if name == "nft" or name in PAIR_NAMES:
-        yield f"objective.name: {name} judges finished samples; set likelihood: matching"
-    elif config.rollout.plan == "ode":
+    if config.rollout.plan == "ode":
         yield "rollout.plan: ode has no random step that could be trained; set likelihood: matching, or another plan"
     if config.kl.weight > 0 and config.kl.form == "v_elbo":
         yield "kl.form: v_elbo belongs to the matching likelihood; use fg_code, exact_mean, v_mse or x_mse"

@@ -15,6 +15,7 @@ import torch
 
 from flowrl.config import Config
 from flowrl.data import GroupSampler
+from flowrl.engines.diffusion import diffusion_engine
 from flowrl.estimate import Estimate, group_rows, units_of_group
 from flowrl.trainer import Trainer
 from flowrl.types import SampleBatch, Scores
@@ -87,17 +88,18 @@ def measure(config: Config, expected: Estimate, seconds: float = 20.0) -> Measur
     trainer = Trainer(config)
     started = time.perf_counter()
     watch = _Stopwatch(trainer.rewards)
-    trainer.rewards = cast(WeightedRewards, watch)
+    engine = diffusion_engine(trainer.engine, "flowrl estimate --measure")
+    trainer.rewards = engine.rewards = cast(WeightedRewards, watch)
     cuda = trainer.policy.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    if trainer.critic is not None:
-        trainer.critic.opened = 1
+    if engine.critic is not None:
+        engine.critic.opened = 1
     texts = list(dict.fromkeys(prompt.text for prompt in trainer.prompts))[:32]
     trainer.policy.prompt_rows(texts)
     text_encoders = (time.perf_counter() - started) / len(texts)
 
-    groups, widest = config.rollout.groups_per_iteration, max(len(wave) for wave in trainer.plan(1).waves)
+    groups, widest = config.rollout.groups_per_iteration, max(len(wave) for wave in engine.plan(1).waves)
     batch = min(groups, max(1, config.training.rows_per_forward // widest))
     least = min(groups, max(1, config.objective.updates_per_iteration - units_of_group(config, 1) + 1))  # so that every update has a row
     once = sum(_iterate(trainer, watch, least, 1))  # this one also fills caches and picks kernels
@@ -161,8 +163,9 @@ class _Stopwatch:
 
 def _iterate(trainer: Trainer, watch: _Stopwatch, groups: int, iteration: int) -> tuple[float, float, float]:
     """Seconds (rollout, reward, train) of an iteration with that many groups, whose prompts have been encoded before."""
-    trainer.sampler = GroupSampler(len(trainer.prompts), groups, trainer.config.seed)
-    trainer.policy.prompt_rows([trainer.prompts[index].text for index in trainer.sampler.groups(iteration - 1)])
+    engine = diffusion_engine(trainer.engine, "flowrl estimate --measure")
+    engine.sampler = GroupSampler(len(trainer.prompts), groups, trainer.config.seed)
+    trainer.policy.prompt_rows([trainer.prompts[index].text for index in engine.groups(iteration)])
     _, timings = trainer.iterate(iteration)
     both = timings["seconds/rollout"] + timings["seconds/reward_wait"]
     return max(0.0, both - watch.seconds), watch.seconds, timings["seconds/train"]
@@ -170,7 +173,7 @@ def _iterate(trainer: Trainer, watch: _Stopwatch, groups: int, iteration: int) -
 
 def _evaluate(trainer: Trainer) -> tuple[float, float]:
     """Seconds (per row, with its share of the decoding; per scored picture) of one batch of at most 16 evaluated pictures."""
-    config, evaluator = trainer.config.evaluation, trainer.evaluator
+    config, evaluator = trainer.config.evaluation, diffusion_engine(trainer.engine, "flowrl estimate --measure").evaluator
     watch = _Stopwatch(evaluator.rewards)
     evaluator.rewards = cast(WeightedRewards, watch)
     count, split = min(16, config.final_num_images, trainer.config.training.rows_per_forward), next(iter(trainer.splits))

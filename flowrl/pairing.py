@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flowrl.config import Config
+from flowrl.engines.diffusion import diffusion_engine
 from flowrl.evaluation import png_of
 from flowrl.mistakes import did_you_mean
 from flowrl.pairs import SIDES
@@ -204,13 +205,13 @@ def sample_rollouts(trainer: Trainer, run_dir: Path, num_groups: int) -> None:
 
     They are the groups that a training run with the same config would sample if its weights stayed as they are.
     """
-    iteration = 0
+    engine, iteration = diffusion_engine(trainer.engine, "flowrl pairs"), 0
     while num_groups > 0:
         iteration += 1
-        indices = trainer.sampler.groups(iteration - 1)[:num_groups]
+        indices = engine.groups(iteration)[:num_groups]
         prompts = [trainer.prompts[index] for index in indices]
         with torch.no_grad():
-            rollout, futures = trainer.roll_out(trainer.plan(iteration), prompts, list(range(len(indices))), iteration)
+            rollout, futures = engine.sample(engine.plan(iteration), prompts, list(range(len(indices))), iteration)
         save_rollout(
             run_dir,
             iteration,

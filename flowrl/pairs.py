@@ -5,10 +5,8 @@ Letters: n pairs, L... latent axes.
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import io
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from flowrl.data import load_prompts
 from flowrl.mistakes import did_you_mean
+from flowrl.tables import open_table
 from flowrl.types import Prompt, UserError
 
 __all__ = ["PairSet", "load_pairs"]
@@ -230,9 +229,7 @@ class _Table:
 
 
 def _from_table(name: str) -> PairSet:
-    dataset = _open_dataset(name)
-    if not len(dataset):
-        raise UserError(f"pairs {name}: has no rows")
+    dataset = open_table(name, f"pairs {name}")
     columns = list(dataset.column_names)
     layout = min(_LAYOUTS, key=lambda names: len(set(names) - set(columns)))
     for wanted in layout:
@@ -271,43 +268,6 @@ def _from_table(name: str) -> PairSet:
         if row in used:
             raise UserError(f"pairs {name}: row {row}: {problem}; remove the row")
     return PairSet(prompts, _Table(name, dataset.select_columns([first, second]), rows, sides), is_latent=False, dropped=dropped)
-
-
-def _open_dataset(name: str) -> Any:
-    """The rows of a folder, a .parquet file or a hub id."""
-    path = Path(name)
-    if not path.exists() and (path.suffix == ".parquet" or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)):
-        raise UserError(f"pairs {name}: no such file or folder; give a .jsonl or .parquet file, a folder that `datasets` saved, or a hub id")
-    if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"pairs {name}: give a .jsonl or .parquet file, a folder that `datasets` saved, or a hub id")
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"pairs {name}: needs the `datasets` library: run `pip install 'flowrl-diffusion[data]'`, or give a .jsonl file") from error
-    try:
-        with _without_progress_bars(datasets) if path.exists() else contextlib.nullcontext():
-            loaded = datasets.load_from_disk(name) if path.is_dir() else datasets.Dataset.from_parquet(name) if path.exists() else datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"pairs {name}: cannot be loaded by `datasets` ({reason})") from error
-    if isinstance(loaded, dict):
-        split = "train" if "train" in loaded else next(iter(loaded), "")
-        if not split or (split != "train" and len(loaded) > 1):
-            raise UserError(f"pairs {name}: no split is called train; it has {', '.join(loaded) or 'none'}; save one of them as a folder of its own")
-        loaded = loaded[split]
-    return loaded
-
-
-@contextlib.contextmanager
-def _without_progress_bars(datasets: Any) -> Iterator[None]:
-    """Within it, `datasets` draws no progress bars: only a download shows progress."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _bad_rows(dataset: Any, first: str, second: str) -> Iterator[tuple[int, str]]:

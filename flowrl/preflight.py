@@ -1,4 +1,4 @@
-"""What a trainer looks at before its first iteration, so that a mistake costs seconds and not hours."""
+"""What an engine of pictures looks at before its first iteration, so that a mistake costs seconds and not hours."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from flowrl.updates.matching import needs_old_velocity
 from samplers.kernels import check_noise_level, load_kernel
 
 if TYPE_CHECKING:
-    from flowrl.trainer import Trainer
+    from flowrl.engines.diffusion import DiffusionEngine
 
 __all__ = ["check_kernel", "check_memory", "check_pairs", "check_updates"]
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def check_pairs(trainer: Trainer) -> None:
+def check_pairs(engine: DiffusionEngine) -> None:
     """Every pair that the run will train on is read once before, each process its share; a bad one stops all processes."""
-    assert trainer.pairs is not None
-    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    met = sorted(trainer.sampler.met(trainer.config.training.iterations))
+    assert engine.pairs is not None
+    rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
+    met = sorted(engine.sampler.met(engine.config.training.iterations))
     problem = ""
     try:
-        trainer.pairs.check(trainer.policy.image_size, trainer.policy.latent_shape, met[rank::world])
+        engine.pairs.check(engine.policy.image_size, engine.policy.latent_shape, met[rank::world])
     except UserError as error:
         problem = str(error)
     if found := [message for message in (gather_object([problem]) if world > 1 else [problem]) if message]:
         raise UserError(found[0])
-    if trainer.pairs.dropped and trainer.accelerator.is_main_process:
-        _LOGGER.warning("data.pairs: %d undecided pairs were left out", trainer.pairs.dropped)
+    if engine.pairs.dropped and engine.accelerator.is_main_process:
+        _LOGGER.warning("data.pairs: %d undecided pairs were left out", engine.pairs.dropped)
 
 
-def check_kernel(trainer: Trainer) -> None:
+def check_kernel(engine: DiffusionEngine) -> None:
     """A kernel that does not fit the network's prediction is an error, noise that destroys the picture a warning."""
-    rollout, prediction = trainer.config.rollout, trainer.policy.prediction
-    after, tuning = rollout.after_window, trainer.config.layer_tuning
-    if prediction != "flow" and (rollout.plan == "ode" or trainer.config.likelihood == "matching"):
+    rollout, prediction = engine.config.rollout, engine.policy.prediction
+    after, tuning = rollout.after_window, engine.config.layer_tuning
+    if prediction != "flow" and (rollout.plan == "ode" or engine.config.likelihood == "matching"):
         raise UserError(
-            f"model.path: {trainer.policy.title} predicts {prediction}, and matching, ODE plans and what builds on them need a flow model; train its steps: "
+            f"model.path: {engine.policy.title} predicts {prediction}, and matching, ODE plans and what builds on them need a flow model; train its steps: "
             "likelihood transition, kernel ddim, plan chain, window or tree"
         )
     if prediction != "flow" and (after.solver != "ode" or after.compression < 1 or (tuning.weight > 0 and tuning.target != "best_velocity")):
         raise UserError(
-            f"model.path: {trainer.policy.title} predicts {prediction}, and rollout.after_window and a straight layer_tuning.target need a flow model; "
+            f"model.path: {engine.policy.title} predicts {prediction}, and rollout.after_window and a straight layer_tuning.target need a flow model; "
             "use after_window: {solver: ode, compression: 1}, and layer_tuning.target: best_velocity or weight: 0"
         )
     if rollout.plan == "ode":
@@ -64,22 +64,22 @@ def check_kernel(trainer: Trainer) -> None:
         raise UserError(f"rollout.kernel: {error}") from error
     growth = 1 + rollout.tree.noise_growth if rollout.plan == "tree" else 1
     warning = check_noise_level(rollout.kernel, max(rollout.noise_level) * growth)
-    if warning is not None and trainer.accelerator.is_main_process:
+    if warning is not None and engine.accelerator.is_main_process:
         _LOGGER.warning("rollout.noise_level: %s", warning)
 
 
-def check_memory(trainer: Trainer) -> None:
+def check_memory(engine: DiffusionEngine) -> None:
     """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
-    config = trainer.config
-    groups = math.ceil(config.rollout.groups_per_iteration / trainer.accelerator.num_processes)
+    config = engine.config
+    groups = math.ceil(config.rollout.groups_per_iteration / engine.accelerator.num_processes)
     ends = (1, config.training.iterations)  # a window may grow
     leaves, rows, edges = max((kept_latents(config, iteration, kept_steps(config, iteration)) for iteration in ends), key=sum)
-    kept = leaves + edges + rows * (2 if trainer.assigner.keep_velocity else 1)
+    kept = leaves + edges + rows * (2 if engine.assigner.keep_velocity else 1)
     if config.likelihood == "matching":  # the noise, and what other policies say at it
         noised = 2 if config.objective.name in PAIR_OBJECTIVES else leaves
         kept += noised * config.matching.num_times * (1 + int(config.kl.weight > 0) + int(needs_old_velocity(config)) + int(config.critic is not None))
-    needed = groups * kept * 4 * math.prod(trainer.policy.latent_shape)
-    device = torch.device("cpu") if config.training.offload_rollouts else trainer.policy.device
+    needed = groups * kept * 4 * math.prod(engine.policy.latent_shape)
+    device = torch.device("cpu") if config.training.offload_rollouts else engine.policy.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise UserError(
@@ -88,9 +88,9 @@ def check_memory(trainer: Trainer) -> None:
         )
 
 
-def check_updates(trainer: Trainer) -> None:
+def check_updates(engine: DiffusionEngine) -> None:
     """Iterations that could train nothing, or fewer rows than updates, are an error before the first of them."""
-    config, updates = trainer.config, trainer.config.objective.updates_per_iteration
+    config, updates = engine.config, engine.config.objective.updates_per_iteration
     if not trains_steps(config):
         return
     for iteration in range(1, config.training.iterations + 1):

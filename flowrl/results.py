@@ -81,7 +81,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Batch", [f"{get('rollout.groups_per_iteration', '?')} prompts × {get('rollout.group_size', '?')} images"]),
         ("Updates per iteration", [get("objective.updates_per_iteration")]),
         ("Objective", [get("objective.name"), f"clip −{get('objective.clip_low', '?')} +{get('objective.clip_high', '?')}" if has_clip else None]),
-        ("Advantage", [get("advantage.name")]),
+        ("Advantage", [f"centre {get('advantage.centre', '?')}", f"scale {get('advantage.scale', '?')}"]),
         ("Learning rate", [get("optimizer.learning_rate")]),
         ("Guidance", [f"rollout {get('rollout.guidance_scale', '?')}", f"evaluation {get('evaluation.guidance_scale', '?')}"]),
         ("Seed", [get("seed")]),

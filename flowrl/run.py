@@ -20,7 +20,6 @@ from flowrl.config import Config, dump_config
 from flowrl.processes import explain_lost_process
 from flowrl.progress import TrainingProgress
 from flowrl.report import write_report
-from flowrl.rollout_log import save_rollout
 from flowrl.tracking import RunLogger, explain_full_disk, replace_file
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
@@ -180,8 +179,7 @@ def _loop(trainer: Trainer, logger: RunLogger, progress: TrainingProgress, ident
     for iteration in range(start + 1, total + 1):
         metrics, timings = trainer.iterate(iteration)
         if main and trainer.sampled is not None:
-            kept = trainer.sampled
-            save_rollout(logger.run_dir, iteration, prompts=kept.prompts, latents=kept.latents, group=kept.group, scores=kept.scores)
+            trainer.engine.save_rollout(logger.run_dir, trainer.sampled)
         logger.log_metrics(metrics)
         logger.log_timings(timings)
         progress.update(metrics, timings)

@@ -20,6 +20,7 @@ __all__ = [
     "DirectConfig",
     "EmaConfig",
     "EvaluationConfig",
+    "GenerationConfig",
     "KLConfig",
     "LayerTuningConfig",
     "LoggingConfig",
@@ -252,8 +253,35 @@ class RolloutConfig(Section):
         return self.noise_level * count if len(self.noise_level) == 1 else self.noise_level
 
 
+class GenerationConfig(Section):
+    """How a language model answers; see flowrl/policies/decoding.py."""
+
+    max_new_tokens: PositiveInt = Field(256, description="of an answer; one that is not finished by then is cut")
+    min_new_tokens: NonNegativeInt = Field(0, description="before them no end token is sampled")
+    temperature: PositiveFloat = Field(1.0, description="of sampling, and of the log-probabilities that are trained")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1 = off")
+    top_k: NonNegativeInt = Field(0, description="0 = off")
+    min_p: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="tokens below so much of the likeliest one's probability are not sampled; 0 = off")
+    stop: tuple[Text, ...] = Field((), description="texts that end an answer, beside the tokenizer's end token")
+    max_prompt_tokens: PositiveInt | None = Field(None, description="longer prompts are an error; null = what the model's context leaves")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="vllm: the extra of that name; it samples, the policy trains")
+    importance: Literal["none", "truncated", "masked"] | None = Field(
+        None, description="weights that correct for an engine whose numerics differ from training's; null = truncated for vllm, else none"
+    )
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_high: PositiveFloat = Field(2.0, description="the most that a weight is; beyond it counts as that (truncated) or as nothing (masked)")
+
+
 class AdvantageConfig(Section):
-    name: Literal["group_zscore", "global_std", "group_mean", "prompt_history", "reward"] = "global_std"
+    centre: Literal["none", "batch", "group", "leave_one_out", "length_weighted", "virtual_max", "best_minus_second", "ema", "history"] = Field(
+        "group", description="what is taken off a reward, see flowrl/core/estimators.py; history: the mean of its prompt's remembered rewards"
+    )
+    scale: Literal["none", "group_std", "batch_std", "batch_std_centred", "beta", "history"] = Field(
+        "batch_std", description="what the rest is divided by; history: the spread of its prompt's remembered rewards"
+    )
+    singleton: Literal["zero", "raw"] = Field("zero", description="the advantage of a sample that has no other of its group to be compared with")
+    virtual: NonNegativeInt = Field(1, description="virtual_max: further rewards of the highest value in each group (NGRPO)")
+    decay: Decay = Field(0.9, description="ema: of the average of the iterations' mean rewards")
     ddof: Literal[0, 1] = 0
     eps: PositiveFloat = 1e-4
     clip: PositiveFloat = 5.0
@@ -264,8 +292,8 @@ class AdvantageConfig(Section):
     std_floor: NonNegativeFloat = Field(
         0.0, description="aggregate advantages or gdpo: share of a reward's spread over the iteration that is added to that of each group, against noise"
     )
-    history_size: PositiveInt = Field(16, description="prompt_history: rewards remembered for each prompt")
-    history_least: PositiveInt = Field(16, description="prompt_history: below so many, mean and std of all rewards of the iteration are used")
+    history_size: PositiveInt = Field(16, description="history: rewards remembered for each prompt")
+    history_least: PositiveInt = Field(16, description="history: below so many, mean and std of all rewards of the iteration are used")
 
     transform: Literal["identity", "exp", "one_plus", "softmax", "best", "unit_interval"] = Field(
         "identity", description="from clipped advantages to weights of the loss, see flowrl/core/transforms.py"
@@ -392,13 +420,21 @@ class DirectConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["clipped_surrogate", "reinforce", "nft", "dpo", "ipo", "simpo", "rpo", "refl", "draft", "direct_align"] = "clipped_surrogate"
-    ratio: Literal["plain", "ratio_norm"] = Field("plain", description="ratio_norm: GRPO-Guard's centred log-ratio")
+    name: Text = Field("clipped_surrogate", description="see flowrl/objective_names.py; docs/objectives.md lists them")
+    args: dict[str, Any] = Field({}, description="further parameters of the objective, by the names of its function in flowrl/core")
+    ratio: Literal["plain", "ratio_norm", "seq_mean", "seq_mean_token", "seq_sum", "none"] = Field(
+        "plain", description="of each decision; ratio_norm: GRPO-Guard's centred one; of the whole sample: mean (GSPO), its token form, or sum; none: 1"
+    )
     step_weight: Literal["none", "inv_dt", "inv_kap_dt", "kap_over_dt"] = Field("none", description="GRPO-Guard's weight of each step's loss")
     clip_low: PositiveFloat = 1e-4
     clip_high: PositiveFloat = 1e-4
+    dual_clip: Annotated[Float, Field(gt=1)] | None = Field(None, description="clipped_surrogate: the most that a ratio counts where the advantage is below 0")
+    ratio_max: PositiveFloat | None = Field(None, description="clipped_surrogate: the most that any ratio counts")
     dynamic_clip: Annotated[Float, Field(ge=0, le=1)] = Field(0.0, description="reward sensitivity of the clip bounds (Dynamic-TreeRPO); 0 = fixed")
-    reduction: Literal["mean", "group_mean"] = "mean"
+    reduction: Literal["mean", "group_mean", "seq_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = Field(
+        "mean", description="over decisions, groups or samples, see flowrl/core/reductions.py"
+    )
+    max_length: PositiveFloat | None = Field(None, description="seq_mean_token_sum_norm: the constant; null = generation.max_new_tokens, or the steps")
     updates_per_iteration: PositiveInt = 2
     inner_epochs: PositiveInt = 1
     beta: PositiveFloat = Field(1.0, description="dpo, ipo, simpo, rpo: strength of the preference; nft: how far the implicit policies go")
@@ -409,7 +445,10 @@ class ObjectiveConfig(Section):
 
 class KLConfig(Section):
     weight: NonNegativeFloat = 0.0
-    form: Literal["fg_code", "exact_mean", "v_mse", "x_mse", "v_elbo"] = "fg_code"
+    form: Literal["fg_code", "exact_mean", "v_mse", "x_mse", "v_elbo", "k1", "k2", "k3", "k3_k2", "abs"] = Field(
+        "fg_code", description="of SDE steps, of velocities (v_*), or of tokens (k1, k2, k3, k3_k2, abs)"
+    )
+    place: Literal["loss", "reward"] = Field("loss", description="tokens: a term of the loss, or taken off the reward of each token (PPO, REINFORCE++)")
 
 
 class OptimizerConfig(Section):
@@ -453,7 +492,8 @@ class EvaluationConfig(Section):
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
     compare_guidance_scales: tuple[Annotated[Float, Field(ge=1)], ...] = Field((), description="further guidance scales of the first and last evaluation")
     rewards: tuple[RewardConfig, ...] = Field((), description="empty = the training rewards")
-    grid_images: NonNegativeInt = 16
+    grid_images: NonNegativeInt = Field(16, description="samples kept to be looked at, of each prompt set")
+    greedy: Flag = Field(False, description="language models: the likeliest token instead of a sampled one")
     seed: NonNegativeInt = 1234
 
     _shorthand = field_validator("rewards", mode="before")(reward_entries)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Completions",
     "Decisions",
     "Objective",
     "Pairs",
@@ -180,6 +181,40 @@ class Rollout:
     leaf_edge: Tensor
     kernel: str
     forward_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """Answers of a language model. Letters: B answers, T tokens of the longest one, P groups, D depths of a tree.
+
+    Attributes:
+        prompt_tokens: P tensors [n] int64, without padding; the answers of a group share one.
+        tokens: [B, T] int64, group by group, without the prompt; beyond ``length`` there is padding.
+        mask: [B, T] bool, True where the policy sampled the token, an end token included; False for padding and for what an environment said.
+        length: [B] int64, tokens that are there, whoever said them.
+        group: [B] int64 in 0..P-1, rising; groups may differ in size.
+        finished: [B] bool; False where the length limit cut the answer.
+        log_prob: [B, T] float32 of the sampled tokens at the temperature of sampling, before top-p, top-k and min-p; 0 where not sampled.
+        texts: length B, decoded without special tokens.
+        turn: [B, T] int64, the turn of an agent that a token belongs to; None = there is one.
+        ancestors: [B, D] int64, the tree node that each answer passes at each depth, numbered over all groups; None = no tree.
+        forward_tokens: positions evaluated while sampling: a prompt once for all answers that share its cache, then one for each further token.
+    """
+
+    prompt_tokens: tuple[Tensor, ...]
+    tokens: Tensor
+    mask: Tensor
+    length: Tensor
+    group: Tensor
+    finished: Tensor
+    log_prob: Tensor
+    texts: tuple[str, ...]
+    turn: Tensor | None = None
+    ancestors: Tensor | None = None
+    forward_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.length)
 
 
 @dataclass(frozen=True, slots=True)

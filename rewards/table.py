@@ -9,6 +9,7 @@ REWARDS: dict[str, str] = {
     "scene": "rewards.scene:SceneReward",
     "scene_strict": "rewards.registry:scene_strict",
     "ink": "rewards.ink:InkReward",
+    "arithmetic": "rewards.arithmetic:ArithmeticReward",
     # files
     "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",

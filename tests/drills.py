@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowrl.assignment import Assignment, Samples
 from flowrl.config import Config
+from flowrl.engines.diffusion import Sampled
 from flowrl.likelihoods.matching import NoisedBatch
 from flowrl.reward_metrics import join_scores
 from flowrl.trainer import Trainer
@@ -35,16 +36,20 @@ class Drill:
     prompts: list[Prompt]
 
     @property
+    def sampled(self) -> Sampled:
+        return Sampled(self.plan, self.rollout, len(self.rollout.leaves))
+
+    @property
     def numbers(self) -> list[int]:
         return list(range(len(self.prompts)))
 
     def material(self) -> Update:
-        update, _ = self.trainer.material(self.plan, self.assignment, self.prompts, self.numbers, self.iteration)
+        update, _ = self.trainer.engine.update(self.sampled, self.assignment, self.prompts, self.numbers, self.iteration)
         assert update is not None
         return update
 
     def update(self) -> dict[str, Any]:
-        return self.trainer.update(self.plan, self.assignment, self.prompts, self.numbers, self.iteration)
+        return self.trainer.update(self.sampled, self.assignment, self.prompts, self.numbers, self.iteration)
 
     def gradients(self) -> list[list[Tensor]]:
         """Of every update, before clipping. The weights are put back."""
@@ -75,15 +80,15 @@ class Drill:
 
 def begin(trainer: Trainer, iteration: int = 1, *, rewards: Sequence[float] | None = None, rollout: Rollout | None = None) -> Drill:
     """Roll out, score and assign. ``rewards``: instead of the scores, NaN where there is none; ``rollout``: instead of one of the trainer's."""
-    indices = trainer.sampler.groups(iteration - 1)
+    indices = trainer.engine.sampler.groups(iteration - 1)
     prompts, numbers = [trainer.prompts[i] for i in indices], list(range(len(indices)))
-    plan = trainer.plan(iteration)
-    sampled, pending = trainer.roll_out(plan, prompts, numbers, iteration)
+    plan = trainer.engine.plan(iteration)
+    sampled, pending = trainer.engine.sample(plan, prompts, numbers, iteration)
     scores = join_scores([part.result() for part in pending])
     if rewards is not None:
         values = torch.tensor(rewards, dtype=torch.float32)
         scores = {"total": Scores(values, ~values.isnan())}
-    assignment, _ = trainer.assign(plan, rollout or sampled, scores, indices, numbers, iteration)
+    assignment, _ = trainer.assign(Sampled(plan, rollout or sampled, 0), scores, prompts, numbers, iteration)
     return Drill(trainer, iteration, plan, rollout or sampled, assignment, prompts)
 
 

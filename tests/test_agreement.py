@@ -111,19 +111,19 @@ def test_noise_that_a_kernel_cannot_make_is_refused(tmp_path, kernel):
         (["selection.depth={first: 3, last: 2}"], "selection.depth: first = 3 lies after last = 2"),
         (["selection.contrast={}"], "selection.contrast: best against worst needs the samples of a branch; use plan: window with same_noise: true"),
         (["selection.contrast={low: 0.6}"], "selection.contrast: low = 0.6 must be below high = 0.5"),
-        (["credit.normalize=layer"], "credit.normalize: layer compares nodes by their z-score; set advantage.name: group_zscore"),
+        (["credit.normalize=layer"], "credit.normalize: layer compares nodes by their z-score; set advantage.centre: group and advantage.scale: group_std"),
         (["credit.integrate=sum"], "credit.integrate: only a granular plan has several granularities to sum over; use mean"),
         (
-            ["advantage={name: prompt_history, aggregate: advantages}"],
-            "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards",
+            ["advantage={centre: history, scale: history, aggregate: advantages}"],
+            "advantage.aggregate: centre history remembers the weighted sum of the rewards; use aggregate: rewards",
         ),
         (
-            ["advantage={name: prompt_history, history_least: 32}"],
+            ["advantage={centre: history, scale: history, history_least: 32}"],
             "advantage.history_least: 32 rewards are never reached with history_size 16; use at most 16",
         ),
         (["credit={integrate: sum, backup: level}"], "credit.integrate: a sum over granularities and backup: level exclude each other; use one of them"),
         (
-            ["credit.normalize=sibling", "advantage={name: group_zscore, aggregate: advantages}"],
+            ["credit.normalize=sibling", "advantage={centre: group, scale: group_std, aggregate: advantages}"],
             "advantage.aggregate: sibling compares nodes by the weighted sum of the rewards; use aggregate: rewards",
         ),
         (
@@ -149,7 +149,7 @@ def test_credit_and_selection_that_do_not_fit_the_plan_are_refused(tmp_path, ove
 
 def test_a_granular_plan_keeps_comparing_leaves(tmp_path):
     with pytest.raises(UserError, match="credit.normalize: leaves of a granular plan are compared within their step and granularity; use leaf"):
-        load(tmp_path, "credit.normalize=layer", "advantage.name=group_zscore", rollout=GRANULAR)
+        load(tmp_path, "credit.normalize=layer", "advantage={centre: group, scale: group_std}", rollout=GRANULAR)
 
 
 def test_pruning_that_leaves_decisions_is_accepted(tmp_path):
@@ -170,7 +170,7 @@ def test_settings_that_change_nothing_are_named(tmp_path):
         "rollout.window.start_decay has no effect with the window's schedule",
         "rollout.tree.noise_growth has no effect with plan window",
         "credit.temperature has no effect with backup mean",
-        "advantage.history_size has no effect with advantage global_std",
+        "advantage.history_size has no effect with centre group and scale batch_std",
     ]
     chain = load(tmp_path, "objective={name: reinforce, dynamic_clip: 0.5}", "rollout.plan=chain", rollout=WINDOW)
     assert "objective.dynamic_clip has no effect with reinforce, which has no clip" in list(settings_without_effect(chain))

@@ -27,7 +27,7 @@ def config_of(**sections):
     """The depth-two tree's run with an eps of 1e-12; sections are merged into it."""
     base = {
         "rollout": {"plan": "tree", "num_steps": 3, "group_size": 4, "tree": {"splits": [0, 1]}},
-        "advantage": {"name": "group_zscore", "eps": 1e-12},
+        "advantage": {"centre": "group", "scale": "group_std", "eps": 1e-12},
         "objective": {"clip_low": CLIP, "clip_high": CLIP},
     }
     merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections} - {"rewards"}}
@@ -100,7 +100,7 @@ def test_the_prefix_counts_for_path_and_level_in_different_ways():
     log_prob[2], log_prob[6] = math.log(3), math.log(2)  # child 2 of 0; of its leaves the first
     rollout = dataclasses.replace(rollout_of(plan), edge_old_log_prob=log_prob)
     rewards = [8.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0]
-    section = {"rollout": {"num_steps": 4, "group_size": 8, "tree": {"splits": [0, 1, 2]}}, "advantage": {"name": "group_mean"}}
+    section = {"rollout": {"num_steps": 4, "group_size": 8, "tree": {"splits": [0, 1, 2]}}, "advantage": {"centre": "group", "scale": "none"}}
     for kind, value in (("path", (6 * 8 + 3 * 0 + 0 + 4) / (6 + 3 + 1 + 1)), ("level", (3 * (2 * 8 / 3) + 2) / 4)):
         found = assign(config_of(**section, credit={"backup": kind}), plan, rewards, rollout=rollout).advantages
         assert float(found[0]) == pytest.approx(value - 1.5, rel=1e-5)  # 1.5: the mean reward
@@ -263,7 +263,7 @@ def test_the_factor_of_the_weights_scales_clamped_advantages():
 
 
 def test_the_global_spread_is_that_of_all_processes():
-    config, plan = config_of(advantage={"name": "global_std"}), DEPTH_TWO
+    config, plan = config_of(advantage={"centre": "group", "scale": "batch_std"}), DEPTH_TWO
     rollout, here = rollout_of(plan), scores_of(REWARDS)
     everywhere = scores_of([*REWARDS, 11.0, 13.0, 12.0, 16.0, NAN])
     prompts = rollout.leaf_group, torch.arange(9)
@@ -281,7 +281,7 @@ def test_a_reward_that_scored_nothing_is_the_users_mistake():
 def test_a_prompt_is_compared_with_what_it_scored_before():
     config = config_of(
         rollout={"plan": "window", "group_size": 2, "same_noise": True, "tree": {}, "window": {"size": 1, "high": 1}},
-        advantage={"name": "prompt_history", "history_size": 4, "history_least": 3},
+        advantage={"centre": "history", "scale": "history", "history_size": 4, "history_least": 3},
     )
     plan, assigner = forests.window(0, 1, group_size=2, same_noise=True, sigmas=THREE), Assigner(config)
     rollout = rollout_of(plan, 2)
@@ -548,7 +548,7 @@ SIZE = len(ODE_ROLLOUT.leaves) // 2
 
 def matching_config(**sections):
     objective = {"name": "reinforce", **sections.pop("objective", {})}
-    advantage = {"name": "group_zscore", "eps": 1e-12, **sections.pop("advantage", {})}
+    advantage = {"centre": "group", "scale": "group_std", "eps": 1e-12, **sections.pop("advantage", {})}
     base = {"run_dir": "unused", "rewards": ["scene"], "likelihood": "matching", "rollout": {"plan": "ode", "num_steps": 8}}
     return Config.model_validate({**base, "objective": objective, "advantage": advantage, **sections})
 
@@ -598,7 +598,7 @@ def test_without_a_preference_a_pair_keeps_the_process_in_step():
 
 
 def test_the_history_of_rewards_serves_samples_too():
-    config = matching_config(advantage={"name": "prompt_history", "history_size": 4 * SIZE, "history_least": 2})
+    config = matching_config(advantage={"centre": "history", "scale": "history", "history_size": 4 * SIZE, "history_least": 2})
     assigner = Assigner(config)
     values = two_groups([3.0, -3.0], [1.0, NAN])
     samples_of(config, values, assigner=assigner)
@@ -610,7 +610,7 @@ def test_the_history_of_rewards_serves_samples_too():
 
 
 def test_a_raw_reward_is_not_clamped_whatever_its_scale():
-    found = samples_of(matching_config(advantage={"name": "reward", "clip": 5.0, "transform": "best"}), two_groups([20.0, 26.0], [-30.0]))
+    found = samples_of(matching_config(advantage={"centre": "none", "scale": "none", "clip": 5.0, "transform": "best"}), two_groups([20.0, 26.0], [-30.0]))
     assert found.advantages[:2].tolist() == [20.0, 26.0]
     assert found.advantages[SIZE] == -30.0
     assert found.sums["clamped"] == 0

@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_fit_the_network(config_file: Path, capsys: Captu
 
 def test_a_tree_that_is_wider_than_the_memory(config_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 40_000})())
-    tree = ["rollout={plan: tree, num_steps: 6, window: {size: 4, high: 5}, group_size: 16}", "advantage.name=group_zscore"]
+    tree = ["rollout={plan: tree, num_steps: 6, window: {size: 4, high: 5}, group_size: 16}", "advantage={centre: group, scale: group_std}"]
     line = fail(config_file, capsys, *tree)
     assert line.startswith("rollout: 16 samples a prompt and their 45 training states, for 3 prompts, take 4.36e-05 GiB of latents")
 

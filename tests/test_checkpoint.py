@@ -78,9 +78,9 @@ def test_what_is_saved_is_loaded_and_the_oldest_are_removed(tmp_path: Path) -> N
         (truncate, "is truncated or damaged"),
         (lambda folder: (folder / "state.pt").unlink(), "is incomplete"),
         (lambda folder: (folder / "checkpoint.json").unlink(), "is incomplete"),
-        (lambda folder: (folder / "checkpoint.json").write_text('{"format": 1, "iter'), "is incomplete"),
-        (lambda folder: (folder / "checkpoint.json").write_text('{"format": 1, "iteration": 10}'), "is incomplete"),
-        (lambda folder: (folder / "checkpoint.json").write_text('{"format": 99}'), "has format 99, this version of flowrl reads 1"),
+        (lambda folder: (folder / "checkpoint.json").write_text('{"format": 2, "iter'), "is incomplete"),
+        (lambda folder: (folder / "checkpoint.json").write_text('{"format": 2, "iteration": 10}'), "is incomplete"),
+        (lambda folder: (folder / "checkpoint.json").write_text('{"format": 99}'), "has format 99, this version of flowrl reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_named(
@@ -270,7 +270,7 @@ SETTINGS = {
     "tree": [
         "rollout={plan: tree, num_steps: 5, group_size: 4, same_noise: true, tree: {noise_growth: 0.2, sibling_scale: 4}}",
         "rollout.window={schedule: progressive, every: 2}",
-        "advantage.name=group_zscore",
+        "advantage={centre: group, scale: group_std}",
         "credit.normalize=layer",
         "objective={dynamic_clip: 0.5, ratio: ratio_norm}",
         "layer_tuning.weight=0.1",
@@ -278,7 +278,7 @@ SETTINGS = {
     "granular": ["rollout={plan: granular, num_steps: 6, window: {schedule: random, size: 1, high: 2}, granularities: [1, 2], same_noise: true}"],
     "history": [
         "rollout={plan: window, num_steps: 5, same_noise: true, window: {schedule: backward, backward_first: 3, backward_stages: 4}}",
-        "advantage={name: prompt_history, history_size: 12, history_least: 8}",
+        "advantage={centre: history, scale: history, history_size: 12, history_least: 8}",
         "selection.contrast={high: 0.2, low: -0.2}",
     ],
     # everything that has a state: the old policy, the critic and its optimiser and gate, the reward statistics

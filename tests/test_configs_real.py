@@ -133,10 +133,10 @@ def test_a_rollout_is_guided_as_the_evaluation_and_flux_by_its_input_alone(name:
 PUBLISHED = {
     "sd35_medium_flow_grpo": "kl.weight 0.01, rollout.group_size 24, rollout.num_steps 10, rollout.guidance_scale 4.5, optimizer.learning_rate 3e-4",
     "sd35_medium_flow_grpo_fast": "rollout.kernel cps, rollout.group_size 18, rollout.window.size 3, objective.clip_low 1e-5, rollout.guidance_scale 1.0",
-    "sd35_medium_grpo_guard": "objective.clip_low 2e-6, objective.clip_high 2e-6, optimizer.learning_rate 1e-4, kl.weight 0.0, advantage.name group_zscore",
+    "sd35_medium_grpo_guard": "objective.clip_low 2e-6, objective.clip_high 2e-6, optimizer.learning_rate 1e-4, kl.weight 0.0, advantage.scale group_std",
     "sd35_medium_awm": "kl.weight 5e-4, anchor.weight 5.0, matching.first_time 0, matching.num_times 6, rollout.num_steps 14, rollout.group_size 24",
-    "flux_dev_flow_grpo": "rollout.num_steps 6, rollout.noise_level [0.9], kl.weight 0.0, advantage.name global_std, model.lora.rank 64",
-    "flux_dev_flow_grpo_fast": "rollout.kernel cps, rollout.noise_level [0.8], rollout.window.high 3, objective.clip_high 1e-5, advantage.name group_zscore",
+    "flux_dev_flow_grpo": "rollout.num_steps 6, rollout.noise_level [0.9], kl.weight 0.0, advantage.scale batch_std, model.lora.rank 64",
+    "flux_dev_flow_grpo_fast": "rollout.kernel cps, rollout.noise_level [0.8], rollout.window.high 3, objective.clip_high 1e-5, advantage.scale group_std",
     "flux_dev_grpo_guard": "objective.clip_low 4e-6, objective.clip_high 4e-6, rollout.noise_level [0.9], optimizer.learning_rate 1e-4",
     "flux_dev_awm": "matching.num_times 4, matching.time_fraction 0.7, anchor.weight 0.1, kl.weight 0.0, advantage.clip 1.0, rollout.group_size 16",
     "flux_dev_g2rpo": "rollout.num_steps 16, rollout.group_size 12, rollout.shift 3.0, advantage.aggregate advantages, model.height 720",

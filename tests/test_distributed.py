@@ -23,28 +23,28 @@ from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
 ITERATIONS = 3
-COMMON = ["optimizer.eps=0.01", "advantage.name=global_std"]  # a large eps keeps AdamW's step a smooth function of the gradient
+COMMON = ["optimizer.eps=0.01", "advantage={centre: group, scale: batch_std}"]  # a large eps keeps AdamW's step a smooth function of the gradient
 CASES = {
     # 3 groups on 2 processes: 2 and 1. Micro-batches of 5 rows, so that the processes also have different numbers of them.
     "lora": ["kl.weight=0.05", "rollout.guidance_scale=2", "objective.updates_per_iteration=2", "training.rows_per_backward=5"],
     "full": ["model.adapter=full", "rollout.same_noise=true", "objective.reduction=group_mean", "kl.weight=0.05"],
     "tree": [
         "rollout={plan: tree, num_steps: 5, group_size: 4, same_noise: true}",
-        "advantage.name=group_zscore",
+        "advantage={centre: group, scale: group_std}",
         "credit.normalize=layer",
         "layer_tuning.weight=0.1",
         "objective={dynamic_clip: 0.5, ratio: ratio_norm}",
     ],
     "history": [
         "rollout={plan: chain, kernel: dance_sde, noise_level: 0.3}",
-        "advantage={name: prompt_history, history_size: 8, history_least: 8}",
+        "advantage={centre: history, scale: history, history_size: 8, history_least: 8}",
         "selection.fraction=0.7",
     ],
     # with one branch of contrast in three, a process often has nothing to train; the two rows of 3 prompts leave updates empty
     "contrast": [
         "rollout={plan: window, num_steps: 5, same_noise: true, window: {schedule: backward, backward_first: 3, backward_stages: 4}}",
         "selection.contrast={high: 1.55, low: -1.55}",
-        "advantage.name=group_zscore",
+        "advantage={centre: group, scale: group_std}",
         "kl.weight=0.05",
         "objective.updates_per_iteration=2",
     ],
@@ -59,7 +59,7 @@ CASES = {
         *["objective={reduction: group_mean, beta: 0.5}", "model.adapter=full", "training.rows_per_backward=6"],
     ],
     "ac_flow": [
-        *["method=ac_flow", "rollout={plan: ode, num_steps: 4, group_size: 4}", "matching.num_times=2", "advantage={name: group_zscore}"],
+        *["method=ac_flow", "rollout={plan: ode, num_steps: 4, group_size: 4}", "matching.num_times=2", "advantage={centre: group, scale: group_std}"],
         "critic={widths: [8], hidden: 8, warmup_iterations: 1, ramp_iterations: 2, gate: -1000, batch_rows: 10, learning_rate: 0.01}",
     ],
     # toys:steps gives two of the prompts one and the same score: a process often has no pair
@@ -132,8 +132,8 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, pipeline: Pa
     start = [p.detach() for p in Trainer(make_config(tmp_path, pipeline, *overrides(name))).parameters]
     moved = 0.0
     if name == "ac_flow":
-        assert ours["critic"]["explained_variance"] == pytest.approx(theirs["critic"]["explained_variance"], abs=1e-5)
-        critics = [list(state["critic"]["network"].values()) for state in (ours, theirs)]
+        assert ours["engine"]["critic"]["explained_variance"] == pytest.approx(theirs["engine"]["critic"]["explained_variance"], abs=1e-5)
+        critics = [list(state["engine"]["critic"]["network"].values()) for state in (ours, theirs)]
         assert max((a - b).abs().max().item() for a, b in zip(*critics, strict=True)) < 1e-5
     for a, b, before in zip(ours["parameters"], theirs["parameters"], start, strict=True):
         assert (a - b).abs().max() < 1e-5

@@ -50,7 +50,7 @@ CASES = {
     # with one branch of contrast in three, a process often has nothing to train
     "contrast": [
         "rollout={plan: window, num_steps: 5, same_noise: true, window: {schedule: backward, backward_first: 3, backward_stages: 4}}",
-        *["selection.contrast={high: 1.55, low: -1.55}", "advantage.name=group_zscore", "kl.weight=0.05", "objective.updates_per_iteration=2"],
+        *["selection.contrast={high: 1.55, low: -1.55}", "advantage={centre: group, scale: group_std}", "kl.weight=0.05", "objective.updates_per_iteration=2"],
     ],
     # frozen weights in bfloat16, trained ones in float32, and a gradient for each reward
     "bfloat16": ["model.dtype=bfloat16", "rewards={toys:brightness: 1.0, toys:redness: 0.5}", "reward_weights={kind: gradient, every: 1}"],

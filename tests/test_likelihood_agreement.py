@@ -98,7 +98,7 @@ WRONG = [
     ("orw_cfm_w2", ["advantage={temperature: 0.01}"], "advantage.temperature: exp(3 / 0.01) is beyond all numbers; raise it, or lower advantage.clip"),
     (
         "flow_grpo",
-        ["rollout={plan: tree, window: {size: 2, high: 4}}", "advantage={name: group_zscore, transform: softmax}", "credit.normalize=layer"],
+        ["rollout={plan: tree, window: {size: 2, high: 4}}", "advantage={centre: group, scale: group_std, transform: softmax}", "credit.normalize=layer"],
         "advantage.transform: softmax weighs whole samples, and credit.normalize: layer compares nodes; use identity, or leaf",
     ),
     # pairs
@@ -121,7 +121,7 @@ WRONG = [
     (
         "ac_flow",
         ["advantage.aggregate=advantages"],
-        "advantage.aggregate: prompt_history remembers the weighted sum of the rewards; use aggregate: rewards",
+        "advantage.aggregate: centre history remembers the weighted sum of the rewards; use aggregate: rewards",
     ),
     (
         "awm",

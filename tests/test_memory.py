@@ -238,7 +238,7 @@ def test_freed_encoders_have_encoded_every_prompt_of_the_run(configure: Configur
     assert trainer.policy.prompts.rows([""], batch=1).tolist() == [0]
     metrics, _ = trainer.iterate(1)
     assert metrics["nfe/used"] == metrics["nfe/minimum"]
-    trainer.evaluator("eval", 4, 1.0, 0)
+    trainer.engine.evaluator("eval", 4, 1.0, 0)
     with pytest.raises(UserError, match="model.text_encoders: free, and the prompt 'something new' was not among those of the run's prompt sets; use offload"):
         trainer.policy.prompt_rows(["something new"])
 

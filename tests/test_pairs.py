@@ -481,9 +481,9 @@ def test_the_groups_sampled_from_a_config_are_those_that_training_would_sample(t
     assert [len(rollout.prompts) for rollout in saved] == [12, 8]  # 3 groups of 4 an iteration, so 3 and 2
     fresh = Trainer(configure())
     for rollout in saved:
-        indices = fresh.sampler.groups(rollout.iteration - 1)
+        indices = fresh.engine.groups(rollout.iteration)
         prompts = [fresh.prompts[index] for index in indices]
-        expected, futures = fresh.roll_out(fresh.plan(rollout.iteration), prompts, [0, 1, 2], rollout.iteration)
+        expected, futures = fresh.engine.sample(fresh.engine.plan(rollout.iteration), prompts, [0, 1, 2], rollout.iteration)
         count = len(rollout.prompts)
         assert torch.allclose(rollout.latents, expected.leaves[:count], atol=1e-5)  # the number of rows in a batch moves the last bits
         assert rollout.group.tolist() == expected.leaf_group[:count].tolist()

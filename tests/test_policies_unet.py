@@ -281,7 +281,7 @@ def toy_config(tmp_path: Path, folder: Path, method: str, *overrides: str) -> Co
 )
 def test_two_iterations(name: str, method: str, settings: list[str], folders: Folders, tmp_path: Path) -> None:
     trainer = Trainer(toy_config(tmp_path, folders[name], method, *settings))
-    assert trainer.likelihood.kernel.prediction == trainer.policy.prediction  # a ratio would be 1 with the wrong formula, too
+    assert trainer.engine.likelihood.kernel.prediction == trainer.policy.prediction  # a ratio would be 1 with the wrong formula, too
     before = [p.detach().clone() for p in trainer.parameters]
     for iteration in (1, 2):
         metrics, _ = trainer.iterate(iteration)

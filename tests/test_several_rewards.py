@@ -115,8 +115,8 @@ def test_measured_gradients_are_those_of_runs_with_one_reward(configure: Configu
     base += ["rollout={plan: ode, num_steps: 4}", "matching.num_times=2", "kl.weight=0"] if method == "awm" else []
     both = Trainer(configure(*base, "rewards={'toys:brightness': 1.0, 'toys:redness': 2.0}", "reward_weights={kind: gradient, every: 1, rate: 0.5}"))
     drill = begin(both)
-    scores = both.roll_out(drill.plan, drill.prompts, drill.numbers, 1)[1][0].result()
-    found = both._reward_gradients(drill.plan, drill.rollout, scores, drill.prompts, drill.numbers, 1)
+    scores = both.engine.sample(drill.plan, drill.prompts, drill.numbers, 1)[1][0].result()
+    found = both._reward_gradients(drill.sampled, scores, drill.prompts, drill.numbers, 1)
     for row, name in zip(found, ("toys:brightness", "toys:redness"), strict=True):
         alone = begin(Trainer(configure(*base, f"rewards=['{name}']"))).gradient()
         flat = torch.cat([g.flatten() for g in alone])
@@ -158,10 +158,10 @@ def test_an_optional_reward_without_a_score_has_no_gradient(configure: Configure
     rewards = f"rewards=[{{name: 'toys:brightness'}}, {{{PICKY}, required: false, args: {{every: 1000}}}}]"
     trainer = Trainer(configure(rewards, "reward_weights={kind: gradient, every: 1}"))
     drill = begin(trainer)
-    scores = trainer.roll_out(drill.plan, drill.prompts, drill.numbers, 1)[1][0].result()
+    scores = trainer.engine.sample(drill.plan, drill.prompts, drill.numbers, 1)[1][0].result()
     nothing = torch.zeros(12, dtype=torch.bool)
     scores["picky"] = Scores(torch.full((12,), math.nan), nothing)
-    found = trainer._reward_gradients(drill.plan, drill.rollout, scores, drill.prompts, drill.numbers, 1)
+    found = trainer._reward_gradients(drill.sampled, scores, drill.prompts, drill.numbers, 1)
     assert found[0].abs().max() > 0
     assert (found[1] == 0).all()
 
@@ -265,15 +265,15 @@ def test_training_and_evaluation_share_what_is_the_same(configure: Configure) ->
     same = f"evaluation.rewards=[{{{PICKY.replace('picky', 'again')}, weight: 3}}, {{{PICKY.replace('label: picky', 'label: other')}, args: {{every: 1}}}}]"
     trainer = Trainer(configure(rewards, same.replace("test_several_rewards:again", "test_several_rewards:Picky")))
     assert Picky.loads == 2  # the second evaluation reward has other arguments
-    assert trainer.evaluator.rewards.names == ("again", "other")
-    assert trainer.evaluator.rewards.entry_of("again").reward is trainer.rewards.entry_of("picky").reward
+    assert trainer.engine.evaluator.rewards.names == ("again", "other")
+    assert trainer.engine.evaluator.rewards.entry_of("again").reward is trainer.rewards.entry_of("picky").reward
 
 
 def test_a_shared_reward_waits_where_training_says(configure: Configure) -> None:
     rewards = f"rewards=[{{{PICKY}}}, {{{PICKY.replace('label: picky', 'label: light')}, args: {{every: 1}}, offload: true}}]"
     others = f"evaluation.rewards=[{{{PICKY}, offload: true}}, {{{PICKY.replace('label: picky', 'label: light')}, args: {{every: 1}}}}]"
     trainer = Trainer(configure(rewards, others, "training.max_invalid_share=0.5"))
-    assert [trainer.evaluator.rewards.entry_of(name).offload for name in ("picky", "light")] == [False, True]
+    assert [trainer.engine.evaluator.rewards.entry_of(name).offload for name in ("picky", "light")] == [False, True]
 
 
 def test_stored_pairs_and_constraints(configure: Configure) -> None:
@@ -293,7 +293,7 @@ def test_evaluation_keeps_the_pictures_of_a_prompt_together_for_rewards_that_com
     apart = Trainer(configure("rewards=['toys:brightness']"))
     for each in (trainer, apart):
         each.policy.rows_per_forward = 5
-    found, expected = trainer.evaluator("eval", 8, 1.0, 8), apart.evaluator("eval", 8, 1.0, 8)
+    found, expected = trainer.engine.evaluator("eval", 8, 1.0, 8), apart.engine.evaluator("eval", 8, 1.0, 8)
     reward = trainer.rewards.entry_of("picky").reward
     assert isinstance(reward, Picky)
     count = len(trainer.splits["eval"])

@@ -65,7 +65,7 @@ def test_the_latents_to_start_from_are_those_of_the_rollout(configure: Configure
     drill = begin(trainer)
     update = update_of(drill)
     assert update.unit_group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert update.sigma.tolist() == [trainer.sigmas[1]] * 12
+    assert update.sigma.tolist() == [trainer.engine.sigmas[1]] * 12
     # three more Euler steps without gradient end in the leaves
     with torch.no_grad():
         clean = update._clean(torch.arange(12))
@@ -120,7 +120,7 @@ def test_the_gradient_is_a_finite_difference_of_the_reward(configure: Configure,
             x = (1 - a) * x0 + a * noise
             clean = (x + (b - a) * velocity(x, update.sigma, row) - b * noise) / (1 - b)
         else:
-            levels = trainer.sigmas[update.step :] if trainer.config.objective.name == "draft" else (update.sigma[0].item(), 0.0)
+            levels = trainer.engine.sigmas[update.step :] if trainer.config.objective.name == "draft" else (update.sigma[0].item(), 0.0)
             clean = x
             for here, after in itertools.pairwise(levels):
                 clean = clean - (here - after) * velocity(clean, torch.full((len(x),), here, dtype=torch.float64), row)
@@ -181,7 +181,7 @@ def test_a_prefix_is_put_before_the_prompt_and_the_other_ones_reward_is_subtract
 
 def test_every_second_sample_of_the_iteration_steps_towards_noise_whoever_samples_it(configure: Configure) -> None:
     trainer = Trainer(configure(*ALIGN, "direct.inversion=true", "rollout.group_size=3"))
-    given = {"iteration": 1, "sigmas": tuple(trainer.sigmas)}
+    given = {"iteration": 1, "sigmas": tuple(trainer.engine.sigmas)}
     rows = trainer.policy.prompt_rows(["a", "b", "c"])
 
     def upside_down(numbers: list[int]) -> list[bool]:
@@ -199,7 +199,7 @@ def test_draft_lv_puts_fresh_noise_of_the_last_level_on_every_sample(configure: 
     trainer = Trainer(configure(*LV))
     drill = begin(trainer)
     update = update_of(drill)
-    last = trainer.sigmas[-2]
+    last = trainer.engine.sigmas[-2]
     assert update.sigma.tolist() == [last] * 36
     assert update.unit_group.tolist() == torch.arange(3).repeat_interleave(12).tolist()
     noise = (update.x - (1 - last) * drill.rollout.leaves.repeat_interleave(3, 0)) / last

@@ -21,7 +21,7 @@ Configure = Callable[..., Config]
 AWM = [ODE, "method=awm", "matching={num_times: 2, weighting: uniform}", "old_policy=null", "anchor.weight=0", "kl.weight=0"]
 NFT = [ODE, "method=diffusion_nft", "matching.num_times=2", "kl.weight=0"]
 ORW = [ODE, "method=orw_cfm_w2", "matching.num_times=2"]
-AC = [ODE, "method=ac_flow", "matching.num_times=2", "advantage={name: group_zscore, clip: 3}", "kl.weight=0"]
+AC = [ODE, "method=ac_flow", "matching.num_times=2", "advantage={centre: group, scale: group_std, clip: 3}", "kl.weight=0"]
 CRITIC = "critic={widths: [8, 8], hidden: 8, learning_rate: 0.01, warmup_iterations: 2, ramp_iterations: 2, gate: -1000}"
 MIXED = [1.0, -0.5, 0.25, 2.0, -1.0, 0.5, 0.0, -2.0, 0.125, 3.0, -0.75, 1.5]
 """Made-up advantages of 12 samples."""
@@ -72,7 +72,7 @@ def test_the_ratio_of_the_first_update_is_exactly_one_and_old_errors_are_those_o
     settings = ["objective={updates_per_iteration: 3, inner_epochs: 2}", "optimizer.learning_rate=0.05", "training.rows_per_backward=6"]
     drill = begin(move(Trainer(configure(*AWM, *settings))))
     update = update_of(drill)
-    drill.trainer.material = lambda *_: (update, {})  # keep it
+    drill.trainer.engine.update = lambda *_: (update, {})  # keep it
     before = weights(drill.trainer)
     metrics = drill.update()
     assert metrics["ratio/max_abs_log_first"] == 0.0
@@ -137,7 +137,7 @@ def test_the_solver_of_the_rollout_is_forgotten(configure: Configure) -> None:
     group = torch.arange(3).repeat_interleave(4)
     found = []
     for rollout in ("{solver: heun}", "{solver: dpm++}", "{plan: chain}"):
-        trainer = move(Trainer(configure(*AWM, f"rollout={rollout}", "advantage.name=group_mean")))
+        trainer = move(Trainer(configure(*AWM, f"rollout={rollout}", "advantage={centre: group, scale: none}")))
         drill = begin(trainer, rollout=leaves_only(leaves, group), rewards=MIXED)
         found.append(drill.gradient())
     for other in found[1:]:
@@ -145,7 +145,7 @@ def test_the_solver_of_the_rollout_is_forgotten(configure: Configure) -> None:
 
 
 def test_a_constant_added_to_the_rewards_of_a_group_changes_nothing(configure: Configure) -> None:
-    trainer = move(Trainer(configure(*AWM, "advantage={name: group_zscore, clip: 100}")))
+    trainer = move(Trainer(configure(*AWM, "advantage={centre: group, scale: group_std, clip: 100}")))
     shifted = [value + (7.0, -3.0, 0.5)[i // 4] for i, value in enumerate(MIXED)]
     assert_same_gradient(begin(trainer, rewards=shifted).gradient(), begin(trainer, rewards=MIXED).gradient())
 
@@ -278,7 +278,7 @@ def test_away_from_the_old_policy_two_mirrored_policies_are_trained(configure: C
 
 def test_ac_flow_without_a_value_and_with_the_reward_is_orw_cfm_w2(configure: Configure) -> None:
     tau = 0.5
-    reward = ["advantage={name: reward, clip: 30, transform: exp, temperature: 2}", "kl={weight: 1.0, form: v_mse}", "rewards={toys:brightness: 3.0}"]
+    reward = ["advantage={centre: none, scale: none, clip: 30, transform: exp, temperature: 2}", "kl={weight: 1.0, form: v_mse}", "rewards={toys:brightness: 3.0}"]
     theirs = begin(move(Trainer(configure(*ORW, *reward))))
     blind = "critic={enabled: false, warmup_iterations: 0, ramp_iterations: 0, advantage_clip: 30}"
     ours = begin(move(Trainer(configure(*AC, *reward, blind))))
@@ -301,9 +301,9 @@ def test_ac_flow_without_a_value_and_with_the_reward_is_orw_cfm_w2(configure: Co
 def test_a_critic_that_knows_all_rewards_leaves_supervised_training(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = "critic={advantage_clip: 3, warmup_iterations: 0, ramp_iterations: 0, gate: -1000, widths: [8], hidden: 8}"
     drill = begin(move(Trainer(configure(*AC, clip))))
-    assert isinstance(drill.assignment, Samples) and drill.trainer.critic is not None
+    assert isinstance(drill.assignment, Samples) and drill.trainer.engine.critic is not None
     shaped = drill.assignment.advantages.float()
-    monkeypatch.setattr(drill.trainer.critic, "value", lambda *_args, **_more: shaped.repeat_interleave(2))
+    monkeypatch.setattr(drill.trainer.engine.critic, "value", lambda *_args, **_more: shaped.repeat_interleave(2))
     found = drill.gradient()
     error, _ = errors(drill.trainer, update_of(drill).noised.batch(all_of(drill)))
     assert_same_gradient(found, by_hand(drill.trainer, error.mean()))
@@ -311,8 +311,8 @@ def test_a_critic_that_knows_all_rewards_leaves_supervised_training(configure: C
 
 def test_while_the_critic_learns_alone_the_actor_keeps_every_bit(configure: Configure) -> None:
     trainer = Trainer(configure(*AC, CRITIC, "kl={weight: 0.1, form: v_mse}"))
-    assert trainer.critic is not None
-    before, critic = weights(trainer), [p.detach().clone() for p in trainer.critic.parameters]
+    assert trainer.engine.critic is not None
+    before, critic = weights(trainer), [p.detach().clone() for p in trainer.engine.critic.parameters]
     for iteration in (1, 2):
         metrics, _ = trainer.iterate(iteration)
         assert difference(before, weights(trainer)) == 0
@@ -320,7 +320,7 @@ def test_while_the_critic_learns_alone_the_actor_keeps_every_bit(configure: Conf
         assert metrics["nfe/used"] == metrics["nfe/minimum"] == 3 * 4 * 4  # the rollout's
         assert trainer.num_updates == 0 and not trainer.optimizer.state
         assert trainer.ema is not None and difference(trainer.ema.average, before) == 0
-        now = [p.detach().clone() for p in trainer.critic.parameters]
+        now = [p.detach().clone() for p in trainer.engine.critic.parameters]
         assert difference(critic, now) > 1e-4
         critic = now
     strengths = []
@@ -339,30 +339,30 @@ def test_the_advantages_grow_over_the_ramp(configure: Configure) -> None:
         critic = f"critic={{enabled: false, warmup_iterations: 0, ramp_iterations: {ramp}}}"
         trainer = move(Trainer(configure(*AC, critic, "advantage={transform: identity}")))
         found.append(begin(trainer).gradient())
-        assert trainer.critic is not None and trainer.critic.strength(1) == 1 / ramp
+        assert trainer.engine.critic is not None and trainer.engine.critic.strength(1) == 1 / ramp
     assert_same_gradient([4 * g for g in found[1]], found[0])
 
 
 def test_the_critic_learns_from_the_states_and_shaped_rewards_of_the_iteration(configure: Configure) -> None:
     trainer = Trainer(configure(*AC, CRITIC, "critic={updates_per_iteration: 200, target_decay: 0.9}", "rewards=[toys:redness]"))
     assert trainer.iterate(1)[0]["critic/explained_variance"] is not None
-    assert trainer.critic is not None
+    assert trainer.engine.critic is not None
     drill = begin(trainer, 1)
     assert isinstance(drill.assignment, Samples)
     # on the states that it was fitted to, the critic now says what they were worth
     rows = trainer.policy.prompt_rows([p.text for p in drill.prompts])
     leaves = all_of(drill)
     noised = NoisedSamples(
-        trainer.config, trainer.policy, drill.rollout, leaves, leaves, prompt_rows=rows, numbers=[0, 1, 2], iteration=1, sigmas=trainer.sigmas, shift=3.0
+        trainer.config, trainer.policy, drill.rollout, leaves, leaves, prompt_rows=rows, numbers=[0, 1, 2], iteration=1, sigmas=trainer.engine.sigmas, shift=3.0
     )
     seen = noised.batch(leaves)
-    value = trainer.critic.value(seen.x, seen.sigma, seen.prompt_row, pooled=trainer.policy.pooled)
+    value = trainer.engine.critic.value(seen.x, seen.sigma, seen.prompt_row, pooled=trainer.policy.pooled)
     target = drill.assignment.advantages.float().repeat_interleave(2)
     found = torch.corrcoef(torch.stack([value, target]))[0, 1]
     assert found > 0.5, found
 
 
-@pytest.mark.parametrize("method", [[*AWM, "advantage={name: group_zscore}"], [*NFT, "advantage={name: group_zscore}"]], ids=["awm", "nft"])
+@pytest.mark.parametrize("method", [[*AWM, "advantage={centre: group, scale: group_std}"], [*NFT, "advantage={centre: group, scale: group_std}"]], ids=["awm", "nft"])
 def test_training_raises_the_reward(configure: Configure, method: list[str]) -> None:
     settings = [*method, "rollout={groups_per_iteration: 4, group_size: 8}", "rewards=[toys:redness]", "optimizer.learning_rate=0.02"]
     trainer = Trainer(configure(*settings))

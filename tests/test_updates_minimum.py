@@ -142,7 +142,7 @@ def test_old_log_probabilities_of_later_updates_are_as_many_as_are_dealt_to_them
         rollout = f"rollout={{groups_per_iteration: {groups}, group_size: {size}}}"
         for together, combine in ((1, "exp_first"), (TAU, "sum_first")):
             settings = [rollout, f"objective.updates_per_iteration={updates}", f"matching.combine={combine}"]
-            config = trainer.config = configure(*BASE, "method=awm", *FREE, *settings)
+            config = trainer.config = trainer.engine.config = configure(*BASE, "method=awm", *FREE, *settings)
             parts = trainer.split(torch.arange(groups).repeat_interleave(size * TAU // together), list(range(groups)), (1, 0))
             later = together * sum(len(part) for part in parts[1:])
             assert least_rows(config, 1, rollout=0, units=groups * size) == (TAU * groups * size + later, TAU * groups * size)
@@ -152,7 +152,7 @@ def test_one_pass_of_the_old_policy_and_one_of_the_reference_serve_all_updates(c
     """The cached predictions are those of the other policies at exactly the states that are trained, kept over updates and epochs."""
     trainer = move(Trainer(configure(*BASE, "method=awm", "objective={updates_per_iteration: 2, inner_epochs: 2}")))
     made: list[MatchingUpdate] = []
-    original = trainer.material
+    original = trainer.engine.update
 
     def keep(*arguments: object) -> object:
         update, metrics = original(*arguments)  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def test_one_pass_of_the_old_policy_and_one_of_the_reference_serve_all_updates(c
         made.append(update)
         return update, metrics
 
-    monkeypatch.setattr(trainer, "material", keep)
+    monkeypatch.setattr(trainer.engine, "update", keep)
     trainer.iterate(1)
     (update,) = made
     velocity = trainer.policy.velocity()

@@ -20,6 +20,7 @@ import flowrl.updates.pairs as module
 from flowrl.assignment import Samples
 from flowrl.config import Config
 from flowrl.core.preference import PAIR_OBJECTIVES, dpo
+from flowrl.engines.diffusion import Sampled
 from flowrl.run import train
 from flowrl.trainer import Trainer
 from flowrl.types import Pairs, UserError
@@ -184,9 +185,9 @@ def test_a_group_without_a_preference_is_left_out(configure: Configure) -> None:
     assert isinstance(drill.assignment, Samples) and drill.assignment.pairs is not None
     assert drill.assignment.pairs.tolist() == PAIRS[1:]
     assert len(drill.gradients()) == 3
-    trainer.config = configure(*DPO, "objective.updates_per_iteration=3", "matching.combine=sum_first")
+    trainer.config = trainer.engine.config = configure(*DPO, "objective.updates_per_iteration=3", "matching.combine=sum_first")
     assert len(drill.gradients()) == 2  # two pairs for three updates: one has nothing to learn from
-    trainer.config = configure(*DPO, "objective.updates_per_iteration=3")
+    trainer.config = trainer.engine.config = configure(*DPO, "objective.updates_per_iteration=3")
     noised = update_of(drill).noised
     whole = update_of(begin(trainer, rewards=REWARDS)).noised
     assert torch.equal(noised.batch(torch.arange(4)).x, whole.batch(torch.arange(2, 6)).x)  # the other pairs keep their noise
@@ -209,10 +210,11 @@ def store_latents(folder: Path, count: int = 5) -> Path:
 
 
 def stored(trainer: Trainer, iteration: int = 1) -> Drill:
-    indices = trainer.sampler.groups(iteration - 1)
-    rollout, scores = trainer.read_pairs(indices)
-    assignment, _ = trainer.assign(trainer.plan(iteration), rollout, scores, indices, [0, 1, 2], iteration)
-    return Drill(trainer, iteration, trainer.plan(iteration), rollout, assignment, [trainer.prompts[i] for i in indices])
+    indices = trainer.engine.sampler.groups(iteration - 1)
+    rollout, scores = trainer.engine.read_pairs(indices)
+    plan, prompts = trainer.engine.plan(iteration), [trainer.prompts[i] for i in indices]
+    assignment, _ = trainer.assign(Sampled(plan, rollout, 0), scores, prompts, [0, 1, 2], iteration)
+    return Drill(trainer, iteration, plan, rollout, assignment, prompts)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_the_stored_latents_are_what_is_compared(configure: Configure, tmp_path:
     trainer = Trainer(configure("method=flow_dpo", *STORED, f"data.pairs={store_latents(tmp_path / 'pairs')}"))
     drill = stored(trainer)
     noised = update_of(drill).noised
-    for i, index in enumerate(trainer.sampler.groups(0)):
+    for i, index in enumerate(trainer.engine.sampler.groups(0)):
         latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(index))
         assert torch.equal(noised.x0[2 * i : 2 * i + 2], latents)
         assert drill.prompts[i].text == f"prompt {index}"
@@ -263,7 +265,7 @@ def test_pictures_are_encoded(configure: Configure, tmp_path: Path) -> None:
         Image.fromarray(array).save(folder / name)
     (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "a red circle", "chosen": "a.png", "rejected": "b.png"}) + "\n")
     trainer = Trainer(configure("method=flow_dpo", *STORED, f"data.pairs={folder}"))
-    rollout, scores = trainer.read_pairs([0, 0, 0])
+    rollout, scores = trainer.engine.read_pairs([0, 0, 0])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     torch.testing.assert_close(rollout.leaves, trainer.policy.encode(images).repeat(3, 1, 1, 1))
     assert scores["total"].values.tolist() == [1.0, 0.0] * 3

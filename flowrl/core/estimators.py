@@ -46,6 +46,7 @@ __all__ = [
     "centre",
     "check_groups",
     "combine_heads",
+    "fit_beta",
     "group_success",
     "scale",
 ]
@@ -248,7 +249,14 @@ def group_success(rewards: Tensor, group: Tensor, counted: Tensor, num_groups: i
     return ((mean - bounds[0]) / (bounds[1] - bounds[0])).clamp(0, 1), count > 0
 
 
-def beta_parameters(success: Tensor, known: Tensor, *, most: float = 1e3) -> Beta:
+def beta_parameters(success: Tensor, known: Tensor) -> Beta:
+    """`fit_beta` of the success rates of groups, [P] in [0, 1] of all processes; known: [P] bool."""
+    rate = success.double()
+    mean, std = _batch_statistics(rate, known, 1)
+    return fit_beta(mean, std, int(known.sum()))
+
+
+def fit_beta(mean: float | Tensor, std: float | Tensor, count: int, *, most: float = 1e3) -> Beta:
     """BNPO's Beta density from the success rates of groups: with their mean M and variance V (ddof 1), c = M (1 - M) / V - 1,
 
         alpha = max(1, 1 + c M / 3),  beta = max(1, 1 + c (1 - M) / 3),  both at most ``most``.
@@ -256,16 +264,16 @@ def beta_parameters(success: Tensor, known: Tensor, *, most: float = 1e3) -> Bet
     With fewer than two groups there is nothing to fit: alpha = beta = 1, weight 1, as with a reward that is only centred.
 
     Args:
-        success: [P] in [0, 1], of all processes. known: [P] bool.
+        mean, std: of the ``count`` rates of all processes' groups.
     Source:
         arXiv:2506.02864, read in the released code, but for two edges: it takes M = 0, V = 1 for one group, and has no upper bound for equal rates.
     """
-    rate = success.double()
-    mean, std = _batch_statistics(rate, known, 1)
+    one = torch.ones((), dtype=torch.float64)
+    if count < 2:
+        return Beta(one, one)
+    mean, std = (torch.as_tensor(value, dtype=torch.float64) for value in (mean, std))
     common = mean * (1 - mean) / std.square().clamp_min(1e-12) - 1
-    few = known.sum() < 2
-    alpha, beta = ((1 + common * part / 3).clamp(1, most) for part in (mean, 1 - mean))
-    return Beta(torch.where(few, torch.ones_like(alpha), alpha), torch.where(few, torch.ones_like(beta), beta))
+    return Beta(*((1 + common * part / 3).clamp(1, most) for part in (mean, 1 - mean)))
 
 
 def beta_weight(success: Tensor, parameters: Beta, *, most: float = 1e6) -> Tensor:

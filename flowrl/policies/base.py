@@ -11,51 +11,30 @@ Letters: R rows, L... latent axes (channels, height, width).
 
 from __future__ import annotations
 
-import copy
-import os
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowrl.memory import fitting_parts, halved
-from flowrl.policies.lora import add_lora, lora_state_dict, scale_lora
+from flowrl.policies.lora import lora_state_dict, scale_lora
 from flowrl.policies.pipelines import DTYPE_KEYWORD, load_pipeline, resolve_model_path
 from flowrl.policies.prompts import PromptCache
+from flowrl.policies.trained import NetworkRows, TrainedPolicy
 from flowrl.policies.weights import cast, cast_module, fold_lora, lora_facts, quietly, save_lora_file
 from flowrl.sections import ModelConfig
-from flowrl.sharding import Company, gathered, shard_network
 from flowrl.types import UserError, Velocity
 from samplers.schedules import sigma_grid
 
 __all__ = ["DiffusionPolicy", "NetworkRows"]
 
-T = TypeVar("T")
-_SMALLER_MODEL = "set model.dtype: bfloat16, model.text_encoders: offload, smaller pictures, or shard the model over several devices"
-_MOST_GRAPHS = 64
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-@dataclass(slots=True)
-class NetworkRows:
-    """Counted network evaluations: one row = one latent through the network once."""
-
-    forward: int = 0
-    backward: int = 0
-    idle: int = 0
-    """Of both, what was evaluated only to keep other processes company, see `flowrl.sharding.Company`."""
-
-
-class DiffusionPolicy(ABC):
+class DiffusionPolicy(TrainedPolicy):
     """A trainable diffusers pipeline.
 
     Args:
@@ -77,17 +56,18 @@ class DiffusionPolicy(ABC):
     """Of the trained network in the pipeline, and of its folder."""
     targets: ClassVar[tuple[str, ...]]
     """Endings of the modules that get LoRA adapters."""
+    smaller_model = "set model.dtype: bfloat16, model.text_encoders: offload, smaller pictures, or shard the model over several devices"
+    medium: ClassVar[str] = "images"
+    """A key of flowrl.engines.ENGINES."""
     prediction = "flow"
     """A key of samplers.kernels.PREDICTIONS."""
     pipeline_grid: ClassVar[str] = "diffusers"
     """A key of samplers.schedules.GRIDS: what the pipeline samples on by itself, and so what the grid `diffusers` means here."""
 
     def __init__(self, config: ModelConfig, device: torch.device, *, rows_per_forward: int = 256, keep_reference: bool = False) -> None:
-        self.config, self.device, self.rows_per_forward = config, device, rows_per_forward
+        super().__init__(config, device, rows_per_forward=rows_per_forward)
         self.pictures_at_once = rows_per_forward
-        self.dtype = _DTYPES[config.dtype]
-        of_network = torch.float32 if config.adapter == "full" else self.dtype  # full fine-tuning keeps float32 weights under autocast
-        dtypes = {self.network_name: of_network, "default": self.dtype}
+        dtypes = {self.network_name: self._weights_dtype, "default": self.dtype}
         self.pipeline: Any = load_pipeline(config.path, self.pipelines, self.title, self.example, dtypes)
         self.network: Any = getattr(self.pipeline, self.network_name).to(device)
         self.vae: Any = self.pipeline.vae.to(device)
@@ -96,21 +76,13 @@ class DiffusionPolicy(ABC):
             raise UserError(f"model.guidance: this {self.title} takes no guidance scale as an input; leave it out (rollout.guidance_scale is another thing)")
         for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
-        self.reference_network: nn.Module | None = None
-        if config.adapter == "lora":
-            add_lora(self.network, config.lora, self.targets)
-        else:
-            if keep_reference:
-                self.reference_network = copy.deepcopy(self.network)
-            self.network.requires_grad_(True)
+        self._make_trainable(self.targets, keep_reference)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self._speed_up()
-        self.training_module: nn.Module = self.network  # the trainer may wrap it (DDP); the weights are the same
-        self.company: Company | None = None  # where the network is sharded
-        self.rows = NetworkRows()
+        self.training_module = self.network
         self.prompts = self._prompt_cache()
-        self._reference = self._freed = False
+        self._freed = False
         self.latent_shape = self._latent_shape()
         self.unconditional_row = int(self.prompt_rows([""])[0])
 
@@ -123,27 +95,14 @@ class DiffusionPolicy(ABC):
                     network.set_attention_backend(config.attention_backend)
             except (ValueError, RuntimeError, ImportError, AttributeError) as error:
                 raise UserError(f"model.attention_backend: {config.attention_backend} cannot be used: {str(error).splitlines()[0]}") from error
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-        if config.compile != "off":  # beyond torch's limit of 8 graphs, blocks would run as they are without a word: kinds x sizes x gradient x adapters
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
-        for network in self._networks if config.compile != "off" else ():
-            names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()  # SD3's network has only the latter
-            blocks = [network] if config.compile == "whole" else [module for module in network.modules() if type(module).__name__ in names]
-            if not blocks:
-                raise UserError(f"model.compile: diffusers names no repeated blocks of {type(network).__name__}; use whole")
-            for block in blocks:
-                block.compile()
+        names = getattr(self.network, "_repeated_blocks", None) or getattr(self.network, "_no_split_modules", None) or ()  # SD3's has only the latter
+        self._compile(self._networks, names, "diffusers")
         if config.vae_slicing:
             self.vae.enable_slicing()
         if config.vae_tiling:
             self.vae.enable_tiling()
         if config.vae_channels_last:
             self.vae.to(memory_format=torch.channels_last)
-
-    @property
-    def _networks(self) -> list[Any]:
-        """The trained one, and the frozen copy where there is one; both are called in the same way."""
-        return [self.network] if self.reference_network is None else [self.network, self.reference_network]
 
     # --- what a family says ---
 
@@ -275,15 +234,10 @@ class DiffusionPolicy(ABC):
     def _forward(self, x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
         if self.company is not None:
             self.company.turn()
-        grad = torch.is_grad_enabled()
-        module = self.training_module if grad else self.network
-        if self._reference and self.reference_network is not None:
-            module = self.reference_network
-        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
-        with autocast:
-            out = self.predict(module, x.to(self.device), sigma, self.prompts.take(prompt_row))
+        with self._autocast():
+            out = self.predict(self._module(), x.to(self.device), sigma, self.prompts.take(prompt_row))
         self.rows.forward += len(x)
-        self.rows.backward += len(x) if grad else 0
+        self.rows.backward += len(x) if torch.is_grad_enabled() else 0
         return out.float()
 
     def velocity(self, guidance_scale: float = 1.0) -> Velocity:
@@ -305,41 +259,9 @@ class DiffusionPolicy(ABC):
         def call(x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 return evaluate(x, sigma, prompt_row)
-            counted = self.rows.forward
-
-            def part(rows: slice) -> Tensor:
-                nonlocal counted
-                counted = self.rows.forward
-                return evaluate(x[rows], sigma[rows], prompt_row[rows]).to(x.device)
-
-            def shrink(rows: int) -> None:
-                if self.company is not None:
-                    raise UserError(
-                        f"training.rows_per_forward: {self.rows_per_forward} do not fit into the memory of {self.device}, and the processes of a sharded "
-                        "network cannot step back together; the last checkpoint is kept: go on with a smaller number"
-                    )
-                self.rows.forward = counted  # what had been done of this part is done again
-                self.rows_per_forward = halved("training.rows_per_forward", rows, self.device, help=_SMALLER_MODEL)
-
-            return fitting_parts(len(x), lambda: self.rows_per_forward, part, shrink)
+            return self.in_parts(len(x), lambda rows: evaluate(x[rows], sigma[rows], prompt_row[rows]).to(x.device))
 
         return call
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Within it, the velocity is that of the model before training: LoRA switched off, or the frozen copy. Without gradient only."""
-        if self.config.adapter == "full" and self.reference_network is None:
-            raise RuntimeError("full fine-tuning keeps a reference only when it is built with keep_reference=True")
-        if self.config.adapter == "lora":
-            self.network.disable_adapters()
-        self._reference = True
-        try:
-            with torch.no_grad(), self.in_step():
-                yield
-        finally:
-            self._reference = False
-            if self.config.adapter == "lora":
-                self.network.enable_adapters()
 
     # --- several processes ---
 
@@ -350,36 +272,16 @@ class DiffusionPolicy(ABC):
             device: where the policy works from now on.
             timeout_minutes: how long a process waits for another one.
         """
-        for network in self._networks:
-            shard_network(network, device, dtype=self.dtype)
-        self.company = Company(self._keep_company, timeout_minutes)
-        self.device = device
+        super().shard(device, timeout_minutes)
         self.vae.to(device)
         self.prompts = self._prompt_cache()
         self.unconditional_row = int(self.prompt_rows([""])[0])
-
-    def in_step(self) -> AbstractContextManager[None]:
-        """Around forwards without gradient, of which the processes may make different numbers; all must enter it."""
-        return nullcontext() if self.company is None else self.company.phase()
-
-    def in_step_through(self, parts: Iterable[T]) -> Iterator[T]:
-        """`in_step` around a loop over this process's share."""
-        with self.in_step():
-            yield from parts
-
-    def gathered(self, *, keep: bool) -> AbstractContextManager[None]:
-        """Within it, the network is whole and on the CPU, for `export`, on processes that ask to keep it; the others cannot use it. All must enter it."""
-        return nullcontext() if self.company is None else gathered(self.network, keep=keep)
 
     @torch.no_grad()
     def _keep_company(self) -> None:
         prompt = torch.tensor([self.unconditional_row])
         self._forward(torch.zeros(1, *self.latent_shape, device=self.device), torch.full((1,), 0.5, dtype=torch.float64), prompt)
         self.rows.idle += 1
-
-    def trainable(self) -> list[nn.Parameter]:
-        """Parameters that learn, in a fixed order."""
-        return [p for p in self.network.parameters() if p.requires_grad]
 
     @property
     def _lora_scale(self) -> float:
@@ -435,10 +337,9 @@ class DiffusionPolicy(ABC):
             OSError: it cannot be written.
             UserError: a weight would become infinite in ``dtype``.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         is_lora = self.config.adapter == "lora"
         form = form or ("lora" if is_lora else "network")
-        try:
+        with self._writing(folder):
             if form == "lora":
                 layers = {name: cast(name, value, dtype) for name, value in lora_state_dict(self.network, self._lora_scale).items()}
                 save = partial(save_lora_file, facts=lora_facts(self.network, self.config.lora.rank), prefix=self.network_name)
@@ -455,11 +356,6 @@ class DiffusionPolicy(ABC):
                     self.network.save_pretrained(folder / self.network_name)
                 else:
                     self.pipeline.save_pretrained(folder)
-        except SafetensorError as error:  # how safetensors reports a failed write
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
     def load_export(self, folder: Path) -> None:
         """Put exported weights into this policy.

@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flowrl.core.reductions import REDUCTIONS
 from flowrl.meters import Meters
 
-__all__ = ["Update", "Weights", "take"]
+__all__ = ["Update", "Weights", "take", "weights_of_units"]
 
 
 def take(values: Tensor, index: Tensor, device: torch.device) -> Tensor:
@@ -28,13 +29,24 @@ class Weights(NamedTuple):
     """How losses become one number: sum(decision * loss) * scale, and of losses per unit sum(loss) * unit_scale.
 
     Attributes:
-        decision: [E] float32, the reduction's weight of every decision of the iteration; 0 for those that this update does not train.
+        decision: [E] float32 (of tokens [B, T]), the reduction's weight of every decision of the iteration; 0 for those that this update does not train.
         scale, unit_scale: one over the sum of weights, and of units, of all processes, times the number of processes (whose gradients are averaged).
     """
 
     decision: Tensor
     scale: float
     unit_scale: float
+
+
+def weights_of_units(reduction: str, unit_group: Tensor, decision_unit: Tensor, units: Tensor, num_groups: int) -> tuple[Tensor, float]:
+    """`Update.weigh` for decisions that stand alone, by a reduction of core/reductions.py: the weights [E] float32, and their sum."""
+    member = torch.zeros(len(unit_group), dtype=torch.bool)
+    member[units] = True
+    chosen = member[decision_unit]
+    weight = torch.zeros(len(decision_unit))
+    if len(units):
+        weight[chosen] = REDUCTIONS[reduction](unit_group[decision_unit[chosen]], num_groups)
+    return weight, float(weight.sum())
 
 
 class Update(Protocol):
@@ -56,6 +68,14 @@ class Update(Protocol):
 
     def prepare(self, parts: Sequence[Tensor]) -> None:
         """Evaluate what later updates must not change, before the first one. ``parts``: the units of each update of the first epoch."""
+
+    def weigh(self, units: Tensor, num_groups: int) -> tuple[Tensor, float]:
+        """The reduction's weight of every decision, 0 for those that do not belong to these units, and this process's part of what their sum is divided by.
+
+        Args:
+            num_groups: of this process.
+        """
+        ...
 
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         """The scalar loss of some units; one forward with gradient.

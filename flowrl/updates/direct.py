@@ -30,7 +30,7 @@ from flowrl.likelihoods.matching import add_noise
 from flowrl.meters import Meters
 from flowrl.seeds import derive_seed, generator
 from flowrl.types import Prompt, Rollout, SampleBatch, UserError
-from flowrl.updates.base import Weights, take
+from flowrl.updates.base import Weights, take, weights_of_units
 from rewards.composite import WeightedRewards
 from samplers.direct import clean_estimate, denoise, direct_align
 
@@ -125,6 +125,9 @@ class DirectUpdate:
         jump = torch.full_like(sigma, self.config.direct.sigma_jump)
         jump = torch.where(self.upside_down[units], jump, -jump)
         return direct_align(velocity, x, take(self.noise, units, device), sigma, (sigma + jump).clamp_min(0), prompt_row)
+
+    def weigh(self, units: Tensor, num_groups: int) -> tuple[Tensor, float]:
+        return weights_of_units(self.config.objective.reduction, self.unit_group, self.decision_unit, units, num_groups)
 
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         d, device = self.config.direct, self.policy.device

@@ -12,19 +12,24 @@ import torch
 from torch import Tensor
 
 from flowrl.config import Config
-from flowrl.core.objectives import OBJECTIVES, nft
 from flowrl.core.regularizers import velocity_penalty
 from flowrl.likelihoods.matching import MatchingLikelihood, NoisedBatch, implicit_velocities
 from flowrl.meters import Meters
+from flowrl.objective_names import OBJECTIVE_NAMES, arguments, load_objective
 from flowrl.policies.ema import OldPolicy
 from flowrl.types import Decisions, Objective
-from flowrl.updates.base import Weights, take
+from flowrl.updates.base import Weights, take, weights_of_units
 from flowrl.updates.noised import NoisedSamples
 
 if TYPE_CHECKING:
     from flowrl.policies.base import DiffusionPolicy
 
-__all__ = ["MatchingUpdate", "needs_old_velocity"]
+__all__ = ["MatchingUpdate", "needs_old_velocity", "takes_ratio"]
+
+
+def takes_ratio(config: Config) -> bool:
+    """Whether samples are compared with what the policy that sampled says of them."""
+    return OBJECTIVE_NAMES[config.objective.name].takes_ratio
 
 
 def needs_old_velocity(config: Config) -> bool:
@@ -33,7 +38,7 @@ def needs_old_velocity(config: Config) -> bool:
 
 
 def _off_policy(config: Config) -> bool:
-    return config.objective.name == "clipped_surrogate" and config.old_policy is not None and config.old_policy.rollout
+    return takes_ratio(config) and config.old_policy is not None and config.old_policy.rollout
 
 
 class MatchingUpdate:
@@ -68,7 +73,14 @@ class MatchingUpdate:
             assert old_policy is not None  # the config's check
             with old_policy.applied():
                 self.old = noised.velocity(velocity)
-        self.is_ratio = config.objective.name == "clipped_surrogate"
+        o = config.objective
+        self.is_ratio, self.objective, self.arguments = takes_ratio(config), load_objective(o.name), arguments(o)
+        if o.name == "nft":
+            self.arguments |= {"beta": o.beta}
+        else:
+            self.arguments |= {"clip_low": o.clip_low, "clip_high": o.clip_high}
+        if o.name == "clipped_surrogate":
+            self.arguments |= {"dual_clip": o.dual_clip, "ratio_max": o.ratio_max}
         self.old_log_prob = torch.zeros(len(self.unit_group), device=policy.device)
         self.known = torch.zeros(len(self.unit_group), dtype=torch.bool)
         self.meters = Meters(
@@ -109,6 +121,9 @@ class MatchingUpdate:
         self.old_log_prob[units.to(self.old_log_prob.device)] = log_prob.float()
         self.known[units] = True
 
+    def weigh(self, units: Tensor, num_groups: int) -> tuple[Tensor, float]:
+        return weights_of_units(self.config.objective.reduction, self.unit_group, self.decision_unit, units, num_groups)
+
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         config, device = self.config, self.policy.device
         rows = self._rows(units)
@@ -138,7 +153,7 @@ class MatchingUpdate:
             implicit = implicit_velocities(velocity, self._of_old(rows), config.objective.beta)
             log_prob, mirrored = (self._of_units(self.likelihood.log_prob(v, batch)) for v in implicit)
             decisions = Decisions(log_prob[:, None], log_prob.detach()[:, None], advantages, mask, negative_log_prob=mirrored[:, None])
-            return nft(decisions, beta=config.objective.beta), log_prob
+            return self.objective(decisions, **self.arguments), log_prob
         log_prob = self._of_units(self.likelihood.log_prob(velocity, batch))
         if self.is_ratio:
             if not bool(self.known[units].all()):  # the first update: the policy is still the one that sampled
@@ -147,4 +162,4 @@ class MatchingUpdate:
         else:
             old = torch.zeros_like(log_prob)  # the loss is then A times the matching error
         decisions = Decisions(log_prob[:, None], old[:, None], advantages, mask)
-        return OBJECTIVES[config.objective.name](decisions, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high), log_prob
+        return self.objective(decisions, **self.arguments), log_prob

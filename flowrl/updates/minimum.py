@@ -19,7 +19,7 @@ from __future__ import annotations
 from flowrl.config import Config
 from flowrl.core.preference import NEEDS_REFERENCE, PAIR_OBJECTIVES
 from flowrl.updates.direct import DIRECT_OBJECTIVES, steps_with_gradient
-from flowrl.updates.matching import needs_old_velocity
+from flowrl.updates.matching import needs_old_velocity, takes_ratio
 from samplers.nfe import Rows
 
 __all__ = ["least_rows", "rows_per_unit", "units_of_samples"]
@@ -69,7 +69,7 @@ def _passes(config: Config) -> int:
 def _later_rows(config: Config, num_groups: int) -> int:
     """M: what `Trainer.split` deals to later updates than the first, for ratios to the policy at the start of the iteration."""
     updates, off_policy = config.objective.updates_per_iteration, config.old_policy is not None and config.old_policy.rollout
-    if config.likelihood == "transition" or config.objective.name != "clipped_surrogate" or off_policy or updates == 1:
+    if config.likelihood == "transition" or not takes_ratio(config) or off_policy or updates == 1:
         return 0
     size = 1 if config.matching.combine == "exp_first" else config.matching.num_times  # rows that are dealt out together
     dealt = config.rollout.group_size * config.matching.num_times // size

@@ -17,7 +17,7 @@ from flowrl.likelihoods.matching import MatchingLikelihood
 from flowrl.meters import Meters
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.types import Pairs
-from flowrl.updates.base import Weights, take
+from flowrl.updates.base import Weights, take, weights_of_units
 from flowrl.updates.noised import NoisedSamples
 
 __all__ = ["PairUpdate", "needs_reference"]
@@ -73,6 +73,9 @@ class PairUpdate:
         times = self.noised.num_times
         pair, time = (units, torch.arange(times).expand(len(units), -1)) if self.span > 1 else (units // times, (units % times)[:, None])
         return torch.stack([(2 * pair + side)[:, None] * times + time for side in (0, 1)], 1)
+
+    def weigh(self, units: Tensor, num_groups: int) -> tuple[Tensor, float]:
+        return weights_of_units(self.config.objective.reduction, self.unit_group, self.decision_unit, units, num_groups)
 
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         config, device = self.config, self.policy.device

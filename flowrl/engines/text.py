@@ -1,0 +1,389 @@
+"""Language models: answers are sampled, scored and shaped, and their tokens are trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from flowrl.config import Config
+from flowrl.data import GroupSampler, load_prompts
+from flowrl.engines.base import Awaited, Data, Setting, gathered_samples, reward_bounds
+from flowrl.estimation import Estimator
+from flowrl.reward_metrics import join_scores
+from flowrl.seeds import generator
+from flowrl.statistics import mean_ci95
+from flowrl.text.answers import Answers, measure
+from flowrl.text.credit import CREDITS
+from flowrl.text.factors import FACTORS
+from flowrl.text.objectives import make_objective
+from flowrl.text.parts import Part, make_part
+from flowrl.text.shaping import SHAPERS
+from flowrl.text.terms import make_terms
+from flowrl.tracking import replace_file
+from flowrl.types import Completions, Prompt, SampleBatch, Scores, UserError
+from flowrl.updates.base import Update
+from flowrl.updates.tokens import TokenUpdate
+from rewards.composite import Pending
+
+if TYPE_CHECKING:
+    from flowrl.policies.causal_lm import CausalLmPolicy
+
+__all__ = ["AssignedAnswers", "SampledAnswers", "TextEngine", "TextEvaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledAnswers:
+    """Answers of this process's groups; see `flowrl.engines.base.RolledOut`. indices: prompt number of each group."""
+
+    completions: Completions
+    prompts: Sequence[Prompt]
+    indices: Sequence[int]
+    num_sampled: int
+
+    @property
+    def group(self) -> Tensor:
+        return self.completions.group
+
+    @property
+    def compared(self) -> Tensor:
+        return self.completions.group
+
+
+@dataclass(frozen=True, slots=True)
+class AssignedAnswers:
+    """What an iteration trains with; see `flowrl.engines.base.Assigned`.
+
+    Attributes:
+        advantages: [B, T] float32. mask: [B, T] bool. factor: [B, T] float32 or None.
+    """
+
+    answers: Answers
+    advantages: Tensor
+    mask: Tensor
+    factor: Tensor | None
+    sums: dict[str, float]
+
+    @property
+    def placeholder(self) -> bool:
+        return not bool(self.mask.any())
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvaluation:
+    """Scores of one prompt set: prompts and texts length n, reward -> [n] float32, NaN where invalid; the first ``kept`` are written."""
+
+    prompts: Sequence[Prompt]
+    texts: Sequence[str]
+    scores: Mapping[str, Tensor]
+    finished: Tensor
+    kept: int
+    optional: frozenset[str] = frozenset()
+    problems: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+    def summary(self, num_prompts: int) -> dict[str, tuple[float, float, int]]:
+        """See `flowrl.engines.base.Evaluated`.
+
+        Raises:
+            UserError: a required reward could score no answer.
+        """
+        out = {}
+        for name, values in self.scores.items():
+            valid = torch.isfinite(values)
+            if not bool(valid.any()):
+                if name in self.optional:
+                    continue
+                reason = self.problems.get(name, {}).get(0, "it gave no reason")
+                raise UserError(f"reward {name} could not score any answer of the evaluation; the first, to '{self.prompts[0].text}': {reason}")
+            clusters = (torch.arange(len(values)) % num_prompts)[valid]
+            out[name] = (*mean_ci95(values[valid], clusters), int(valid.sum()))
+        return out
+
+    def save(self, folder: Path, split: str) -> None:
+        """Write ``<split>.jsonl``: prompts, answers and scores of the first ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i in range(min(self.kept, len(self.texts))):
+            scores = {name: round(v, 6) if math.isfinite(v := values[i].item()) else None for name, values in self.scores.items()}
+            lines.append(json.dumps({"prompt": self.prompts[i].text, "answer": self.texts[i], "scores": scores}, ensure_ascii=False) + "\n")
+        replace_file(folder / f"{split}.jsonl", "".join(lines).encode())
+
+
+class TextEngine:
+    """See `flowrl.engines.base.Engine`."""
+
+    counted: ClassVar[str] = "answers"
+
+    @staticmethod
+    def load_data(config: Config) -> Data:
+        return Data(load_prompts(config.data.train), {name: load_prompts(path) for name, path in config.data.eval.items()})
+
+    @staticmethod
+    def needs_reference(config: Config) -> bool:
+        return config.kl.weight > 0 or "reference" in make_objective(config).needs
+
+    def __init__(self, setting: Setting) -> None:
+        config = setting.config
+        if config.likelihood != "token":
+            raise UserError(f"likelihood: {config.likelihood} belongs to pictures, and {config.model.path} is a language model; set likelihood: token")
+        self.setting, self.config, self.accelerator = setting, config, setting.accelerator
+        self.policy = cast("CausalLmPolicy", setting.policy)
+        self.prompts, self.splits = setting.data.prompts, setting.data.splits
+        self.rewards, self.eval_rewards = setting.rewards, setting.eval_rewards
+        self.sampler = GroupSampler(len(self.prompts), config.rollout.groups_per_iteration, config.seed)
+        self.estimator = Estimator(config.advantage, setting.add, reward_bounds(config, self.rewards))
+        self.shapers = [make_part("shaping", SHAPERS, part.name, part.args) for part in config.shaping]
+        self.credit = make_part("token_credit", CREDITS, config.token_credit.name, config.token_credit.args)
+        self.factors = [make_part("tokens.weights", FACTORS, part.name, part.args) for part in config.tokens.weights]
+        self.objective = make_objective(config)
+        self.terms = make_terms(config)
+        self.policy.check_generation(config.generation)
+        for prompts in (self.prompts, *self.splits.values()):  # one that does not fit is an error now
+            self.policy.encode(prompts, config.generation)
+
+    @property
+    def _parts(self) -> dict[str, Part]:
+        parts: dict[str, Part] = {"credit": self.credit, "objective": self.objective}
+        parts |= {f"shaping/{i}": part for i, part in enumerate(self.shapers)}
+        parts |= {f"factor/{i}": part for i, part in enumerate(self.factors)}
+        return parts | {f"term/{term.name}": term for term in self.terms}
+
+    def groups(self, iteration: int) -> list[int]:
+        return self.sampler.groups(iteration - 1)
+
+    # --- sampling ---
+
+    def roll_out(self, prompts: list[Prompt], indices: list[int], numbers: list[int], iteration: int) -> tuple[SampledAnswers, Sequence[Awaited]]:
+        counts = [self.config.rollout.group_size] * len(prompts)
+        generators = [generator(self.config.seed, "tokens", iteration, g) for g in numbers]
+        completions = self.sample(prompts, counts, generators)
+        return SampledAnswers(completions, prompts, indices, len(completions)), [self.score(prompts, completions)]
+
+    def sample(self, prompts: Sequence[Prompt], counts: Sequence[int], generators: Sequence[torch.Generator]) -> Completions:
+        """Answers to prompts by the policy that samples, on the CPU."""
+        with self.setting.sampling(), self.policy.in_step():
+            found = self.policy.generate(self.policy.encode(prompts), counts, self.config.generation, generators)
+        return on_cpu(found)
+
+    def score(self, prompts: Sequence[Prompt], completions: Completions) -> Pending:
+        """Let the rewards look at answers."""
+        shown = [prompts[g] for g in completions.group.tolist()]
+        return self.rewards.submit(SampleBatch(shown, texts=completions.texts, group=completions.group))
+
+    def keep(
+        self, iteration: int, rolled_out: SampledAnswers, scores: dict[str, Scores], prompts: Sequence[Prompt], numbers: Sequence[int]
+    ) -> tuple[int, list[dict[str, Any]]]:
+        c = rolled_out.completions
+        shown, group = [prompts[g] for g in c.group.tolist()], torch.tensor(numbers)[c.group]
+        every, texts, numbered, joined = gathered_samples(self.accelerator, shown, c.texts, group, scores)
+        lines = []
+        for i, (prompt, text) in enumerate(zip(every, texts, strict=True)):
+            values = {name: s.values[i].item() if bool(s.valid[i]) else None for name, s in joined.items()}
+            lines.append({"prompt": prompt.text, "group": int(numbered[i]), "answer": text, "scores": values, "metadata": dict(prompt.metadata)})
+        return iteration, lines
+
+    def save_rollout(self, run_dir: Path, kept: tuple[int, list[dict[str, Any]]]) -> None:
+        iteration, lines = kept
+        folder = run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / f"iteration_{iteration:06d}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+    # --- credit and updates ---
+
+    def answers(
+        self,
+        rolled_out: SampledAnswers,
+        scores: dict[str, Scores],
+        everywhere: dict[str, Scores],
+        prompts: tuple[Tensor, Tensor],
+        numbers: Sequence[int],
+        iteration: int,
+    ) -> Answers:
+        total, c = scores["total"], rolled_out.completions
+        return Answers(
+            config=self.config,
+            completions=c,
+            prompts=rolled_out.prompts,
+            indices=torch.tensor(list(rolled_out.indices), dtype=torch.int64),
+            numbers=numbers,
+            iteration=iteration,
+            scores=scores,
+            everywhere=everywhere,
+            prompt_key=prompts,
+            rewards=total.values.double(),
+            valid=total.valid.clone(),
+            train=torch.ones(len(c), dtype=torch.bool),
+            policy=self.policy,
+            add=self.setting.add,
+        )
+
+    def assign(
+        self,
+        rolled_out: SampledAnswers,
+        scores: dict[str, Scores],
+        everywhere: dict[str, Scores],
+        *,
+        prompts: tuple[Tensor, Tensor],
+        numbers: Sequence[int],
+        iteration: int,
+    ) -> tuple[AssignedAnswers, dict[str, Any]]:
+        answers = self.answers(rolled_out, scores, everywhere, prompts, numbers, iteration)
+        parts = [*self.shapers, self.credit, *self.factors, self.objective, *self.terms]
+        needs = frozenset[str]().union(*(part.needs for part in parts))
+        if self.config.kl.weight > 0 and self.config.kl.place == "reward":
+            needs |= {"log_prob", "reference"}
+        if self.config.generation.engine != "transformers" or self.config.generation.importance not in (None, "none"):
+            needs |= {"log_prob"}
+        measure(answers, sorted(needs))
+        assigned = self._assign(answers, self.credit, self.estimator)
+        return assigned, self._metrics(answers)
+
+    def assign_alone(
+        self, rolled_out: SampledAnswers, scores: dict[str, Scores], everywhere: dict[str, Scores], numbers: Sequence[int], iteration: int
+    ) -> AssignedAnswers:
+        nobody = torch.zeros(0, dtype=torch.int64)
+        answers = self.answers(rolled_out, scores, everywhere, (nobody, nobody), numbers, iteration)
+        return self._assign(answers, self.credit, Estimator(self.config.advantage, self.setting.add))
+
+    def _assign(self, answers: Answers, credit: Any, estimator: Estimator) -> AssignedAnswers:
+        for shaper in self.shapers:
+            shaper.rewards(answers)
+        if self.shapers:
+            shaped = Scores(answers.rewards.float(), answers.valid)
+            if self.accelerator.num_processes > 1:
+                shaped = join_scores([{"total": part} for part in gather_object([shaped])])["total"]
+            answers.extra["everywhere"] = shaped
+        raw = credit(answers, estimator)
+        for shaper in self.shapers:
+            raw = shaper.advantages(answers, raw)
+        clip = self.config.advantage.clip
+        clamped = raw.clamp(-clip, clip) * self.setting.reward_weights.factor
+        spread = clamped if clamped.dim() == 2 else clamped[:, None].expand(answers.mask.shape)
+        mask = answers.mask & (answers.valid & answers.train)[:, None]
+        advantages = torch.where(mask, spread, 0.0).float()
+        factor: Tensor | None = None
+        for part in self.factors:
+            found = part(answers, advantages)
+            if found.dtype == torch.bool:
+                mask = mask & found
+            else:
+                factor = found.float() if factor is None else factor * found
+        counted = mask if clamped.dim() == 2 else mask.any(1)
+        sums = {
+            "abs_advantage": float(torch.where(counted, clamped.abs(), 0.0).sum()),
+            "clamped": float(((raw.abs() > clip) & counted).sum()),
+            "all": float(counted.sum()) or 1e-300,
+        }
+        return AssignedAnswers(answers, advantages, mask, factor, sums)
+
+    def _metrics(self, answers: Answers) -> dict[str, Any]:
+        add, c = self.setting.add, answers.completions
+        count, tokens = add(float(len(c))), add(float(c.mask.sum()))
+        metrics: dict[str, Any] = {
+            "answer/length": tokens / count,
+            "answer/unfinished": add(float((~c.finished).sum())) / count,
+            "answer/empty": int(add(float((answers.lengths == 0).sum()))),
+            "answer/trained": add(float((answers.train & answers.valid).sum())) / count,
+            "tokens/sampled": int(tokens),
+        }
+        return metrics | {name: add(value) / self.accelerator.num_processes for name, value in answers.metrics.items()}
+
+    def update(
+        self, rolled_out: SampledAnswers, assigned: AssignedAnswers, prompts: list[Prompt], numbers: list[int], iteration: int
+    ) -> tuple[Update | None, dict[str, Any]]:
+        answers = assigned.answers
+        self.objective.begin(answers, assigned.advantages)
+        update = TokenUpdate(
+            self.config,
+            self.policy,
+            answers,
+            self.objective,
+            self.terms,
+            advantages=assigned.advantages,
+            mask=assigned.mask,
+            factor=assigned.factor,
+        )
+        return update, {}
+
+    def finish(self, assigned: AssignedAnswers) -> None:
+        for term in self.terms:
+            term.finish(assigned.answers)
+
+    def minimum_nfe(self, assigned: AssignedAnswers, num_groups: int, iteration: int, idle_rows: int, all_valid: bool) -> int:
+        """Tokens: every prompt once for its group, every sampled token but the last of an answer; and whole answers, with their prompts, for each pass."""
+        answers, o = assigned.answers, self.config.objective
+        prompt = torch.tensor([len(tokens) for tokens in answers.completions.prompt_tokens], dtype=torch.int64)
+        whole = prompt[answers.group] + answers.completions.length - 1
+        sampled = int(prompt.sum()) + int((answers.completions.length - 1).clamp_min(0).sum())
+        trained = int(whole[assigned.mask.any(1)].sum())
+        passes = sum(1 for name in ("log_prob", "reference") if name in answers.measured) * int(whole.sum())
+        later = int(whole[answers.extra["later"]].sum()) if "later" in answers.extra else 0
+        idle = 0
+        if idle_rows:
+            members = answers.extra["first_unit"]
+            idle = idle_rows // len(members) * int(whole[members].sum())
+        return int(self.setting.add(float(sampled + passes + later + 2 * (o.inner_epochs * trained + idle))))
+
+    # --- evaluation and state ---
+
+    def evaluate(self, split: str, number: int, guidance_scale: float, keep: int) -> TextEvaluation:
+        """Answer i always has prompt i mod (number of prompts) and the same random numbers, whatever the policy, batch size and number of processes."""
+        every, config = self.splits[split], self.config
+        prompts = [every[i % len(every)] for i in range(number)]
+        rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.policy.rows_per_forward
+        mine = list(range(rank, number, world))
+        found: list[tuple[int, str, bool, dict[str, float], dict[str, str]]] = []
+        for start in range(0, len(mine), size):
+            chunk = mine[start : start + size]
+            asked = [prompts[i] for i in chunk]
+            generators = [generator("eval", config.evaluation.seed, split, i) for i in chunk]
+            with self.policy.in_step():
+                c = on_cpu(self.policy.generate(self.policy.encode(asked), [1] * len(chunk), config.generation, generators, greedy=config.evaluation.greedy))
+            scores = self.eval_rewards.score(SampleBatch(asked, texts=c.texts, group=torch.tensor(chunk) % len(every)))
+            for j, i in enumerate(chunk):
+                values = {name: scores[name].values[j].item() for name in self.eval_rewards.names}
+                problems = {name: scores[name].problems[j] for name in self.eval_rewards.names if j in scores[name].problems}
+                found.append((i, c.texts[j], bool(c.finished[j]), values, problems))
+        if world > 1:
+            found = gather_object(found)
+        found.sort(key=lambda item: item[0])
+        self.eval_rewards.rest()
+        by_name = {name: torch.tensor([row[3][name] for row in found]) for name in self.eval_rewards.names}
+        problems_by_name = {name: {row[0]: row[4][name] for row in found if name in row[4]} for name in by_name}
+        finished = torch.tensor([row[2] for row in found])
+        return TextEvaluation(prompts, [row[1] for row in found], by_name, finished, keep, self.eval_rewards.optional, problems_by_name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"estimator": self.estimator.state_dict(), "parts": {name: part.state_dict() for name, part in self._parts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.estimator.load_state_dict(state["estimator"])
+        for name, part in self._parts.items():
+            if name not in state["parts"]:
+                raise UserError(f"the checkpoint and the config disagree on whether there is a {name.partition('/')[0]}")
+            part.load_state_dict(state["parts"][name])
+
+
+def on_cpu(completions: Completions) -> Completions:
+    """Where rewards are, and what the trainer keeps."""
+    c = completions
+    return Completions(
+        prompt_tokens=tuple(tokens.cpu() for tokens in c.prompt_tokens),
+        tokens=c.tokens.cpu(),
+        mask=c.mask.cpu(),
+        length=c.length.cpu(),
+        group=c.group.cpu(),
+        finished=c.finished.cpu(),
+        log_prob=c.log_prob.cpu(),
+        texts=c.texts,
+        turn=None if c.turn is None else c.turn.cpu(),
+        ancestors=None if c.ancestors is None else c.ancestors.cpu(),
+        forward_tokens=c.forward_tokens,
+    )

@@ -1,0 +1,125 @@
+"""What an iteration knows of its answers: samples, rewards, and what the policy and the reference say of every token, evaluated once and only where asked.
+
+Letters: B answers, T tokens of the longest, P groups of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowrl.config import Config
+from flowrl.types import Completions, Prompt, Scores
+
+if TYPE_CHECKING:
+    from flowrl.policies.causal_lm import CausalLmPolicy
+
+__all__ = ["Answers", "measure"]
+
+
+@dataclass
+class Answers:
+    """An iteration's answers on this process; parts of a method read and change it in turn: shaping, credit, factors, objective, terms.
+
+    Attributes:
+        completions: the tokens. prompts: of each group. indices: [P] int64, their numbers in the data. numbers: of the groups within the iteration.
+        scores: of each reward, "total" among them. everywhere: of all processes.
+        prompt_key: [B] int64, equal for equal prompts in every run; here and everywhere.
+        rewards: [B] float64, the total, as shaping leaves it; anything where not valid.
+        valid: [B] bool, False where an answer has no reward. train: [B] bool, False where an answer is not trained.
+        in_statistics: [B] bool, False for answers put in from elsewhere that are compared with the others and not they with it; None = all.
+        measured: what policies say of every token, [B, T] float32 on the CPU, by name: "log_prob", "entropy", ..., and "reference" for the reference's
+            log-probabilities; see `measure`.
+        extra: what parts leave for each other, such as success rates or turn rewards.
+        metrics: numbers to be logged, of this process.
+        add: a number summed over processes.
+    """
+
+    config: Config
+    completions: Completions
+    prompts: Sequence[Prompt]
+    indices: Tensor
+    numbers: Sequence[int]
+    iteration: int
+    scores: dict[str, Scores]
+    everywhere: dict[str, Scores]
+    prompt_key: tuple[Tensor, Tensor]
+    rewards: Tensor
+    valid: Tensor
+    train: Tensor
+    policy: CausalLmPolicy
+    add: Callable[[float], float]
+    in_statistics: Tensor | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def group(self) -> Tensor:
+        """[B] int64 in 0..P-1."""
+        return self.completions.group
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool: the sampled tokens."""
+        return self.completions.mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: sampled tokens."""
+        return self.mask.sum(1)
+
+    def shaped(self) -> Scores:
+        """The shaped rewards as scores."""
+        return Scores(self.rewards, self.valid)
+
+    def shaped_everywhere(self) -> Scores:
+        """Those of all processes, in the order of `everywhere`."""
+        if "everywhere" not in self.extra:
+            return self.everywhere["total"]
+        found: Scores = self.extra["everywhere"]
+        return found
+
+    def token(self, name: str) -> Tensor:
+        """[B, T] float32, what the policy that sampled says of every token: "log_prob", "entropy", ...; evaluated with all that `measure` was asked for."""
+        if name not in self.measured:
+            measure(self, [name])
+        return self.measured[name]
+
+    def mean_log_prob(self, name: str = "log_prob") -> Tensor:
+        """[B] float64, mean over the sampled tokens; 0 for an empty answer."""
+        total = torch.where(self.mask, self.token(name).double(), 0.0).sum(1)
+        return total / self.lengths.clamp_min(1)
+
+
+def measure(answers: Answers, names: Sequence[str]) -> None:
+    """Evaluate what is missing of ``names`` for all answers, in one pass of the policy and one of the reference at most."""
+    missing = [name for name in dict.fromkeys(names) if name not in answers.measured]
+    own = [name for name in missing if name != "reference"]
+    if own:
+        _pass(answers, {name: name for name in own} | {"log_prob": "log_prob"})
+    if "reference" in missing:
+        with answers.policy.reference():
+            _pass(answers, {"log_prob": "reference"})
+
+
+@torch.no_grad()
+def _pass(answers: Answers, names: dict[str, str]) -> None:
+    """One forward of every answer; ``names``: column -> the name that it is kept under."""
+    policy, completions = answers.policy, answers.completions
+    columns = [name for name in names if name != "log_prob"]
+    with policy.in_step():
+        out = policy.token_output(completions, torch.arange(len(completions)), columns=columns, temperature=answers.config.generation.temperature)
+    for name, kept in names.items():
+        answers.measured[kept] = (out.log_prob if name == "log_prob" else out.columns[name]).float().cpu()

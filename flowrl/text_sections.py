@@ -1,0 +1,66 @@
+"""The sections of a config that only language models read, beside `GenerationConfig`. See flowrl/sections.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from flowrl.sections import Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text, reward_entries
+
+__all__ = ["AllocationConfig", "EntropyConfig", "PluginConfig", "TokenCreditConfig", "TokensConfig", "ValueConfig", "plugin_entries"]
+
+
+class PluginConfig(Section):
+    """A part by its name, with its arguments: ``overlong`` or ``{overlong: {cache: 16}}``."""
+
+    name: Text
+    args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
+
+
+def plugin_entries(value: Any) -> Any:
+    """``overlong``, ``[overlong]``, ``{overlong: {cache: 16}}`` and ``[{name: overlong, args: {cache: 16}}]`` all become a list of mappings."""
+    if isinstance(value, dict) and "name" not in value:
+        value = [{"name": name, "args": args or {}} for name, args in value.items()]
+    return reward_entries(value)
+
+
+class TokenCreditConfig(Section):
+    """From advantages of answers to those of tokens; ``answer`` is one for all tokens of an answer."""
+
+    name: Text = Field("answer", description="see flowrl/text/credit.py")
+    args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
+
+
+class TokensConfig(Section):
+    """Which tokens count, and how much."""
+
+    weights: tuple[PluginConfig, ...] = Field((), description="factors of the tokens' losses, see flowrl/text/factors.py; they multiply")
+
+    _shorthand = field_validator("weights", mode="before")(plugin_entries)
+
+
+class EntropyConfig(Section):
+    """A term of the loss that holds the entropy of tokens."""
+
+    weight: Float = Field(0.0, description="of the bonus; negative punishes entropy")
+    band: NonNegativeFloat = Field(0.0, description="EPO: weight of the penalty for leaving the band around the entropy's history")
+    target: PositiveFloat | None = Field(None, description="the weight rises while the entropy is below it, and is 0 above (Skywork-OR1)")
+    args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
+
+
+class ValueConfig(Section):
+    """A value of every token from a head on the policy's last hidden states, which PPO and its kin subtract; it does not train the policy's body."""
+
+    hidden: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-3
+    updates_per_iteration: PositiveInt = 8
+    clip: PositiveFloat = 0.2
+    warmup_iterations: NonNegativeInt = Field(0, description="iterations in which only the value learns")
+
+
+class AllocationConfig(Section):
+    """Which prompts are asked, and how often, see flowrl/allocation.py."""
+
+    name: Text = "uniform"
+    args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
