@@ -44,6 +44,7 @@ def disagreements(config: Config) -> Iterator[str]:
         yield from _credit(config)
     yield from _advantage(config)
     yield from _several_rewards(config)
+    yield from _shards(config)
     yield from _training(config)
 
 
@@ -212,6 +213,32 @@ def _advantage(config: Config) -> Iterator[str]:
         yield f"data.pairs: stored pairs have no rewards with a range, which {bounded[0]} needs; leave it out"
 
 
+def _shards(config: Config) -> Iterator[str]:
+    """What needs a whole group in one place."""
+    rollout, shards = config.rollout, config.rollout.group_shards
+    if shards == 1:
+        return
+    if config.likelihood == "token":
+        yield "rollout.group_shards: the answers of a language model to one prompt share its cache; leave it out"
+        return
+    if rollout.group_size % shards:
+        yield f"rollout.group_shards: {rollout.group_size} samples cannot be shared by {shards} parts; use a divisor of group_size"
+    if rollout.plan not in ("chain", "window", "ode") or rollout.same_noise:
+        what = "samples with the same start noise" if rollout.same_noise else f"the samples of a {rollout.plan} plan"
+        yield f"rollout.group_shards: {what} share network rows and stay together; use plan: chain, window or ode with same_noise: false, or group_shards: 1"
+    if config.data.pairs is not None or config.objective.name in PAIR_NAMES:
+        yield "rollout.group_shards: the two samples of a pair stay together; use group_shards: 1"
+    for key, value, idle in (
+        ("credit.normalize", config.credit.normalize, "leaf"),
+        ("objective.dynamic_clip", config.objective.dynamic_clip, 0.0),
+        ("advantage.aggregate", "gdpo" if config.advantage.aggregate == "gdpo" else "", ""),
+        ("advantage.transform", config.advantage.transform if config.advantage.transform in ("softmax", "best") else "identity", "identity"),
+        ("objective.reduction", config.objective.reduction if config.objective.reduction == "group_mean" else "mean", "mean"),
+    ):
+        if value != idle:
+            yield f"{key}: {value} looks at whole groups, which rollout.group_shards: {shards} takes apart; use another one, or group_shards: 1"
+
+
 def _training(config: Config) -> Iterator[str]:
     rollout = config.rollout
     images = rollout.groups_per_iteration * rollout.group_size
@@ -320,7 +347,12 @@ def _of_the_clip(config: Config) -> Iterator[str]:
     o = config.objective
     if not clip_has_effect(o):
         why = "ratio none, which is always 1" if o.ratio == "none" else f"{o.name}, which has no clip"
-        yield from _changed("objective", o, only=["clip_low", "clip_high", "dynamic_clip"], why=why)
+        from flowrl.config import list_methods  # which reads this file
+
+        method = list_methods().get(config.method.partition("+")[0])
+        brought = {} if method is None else method.config.get("objective", {})  # with the method, not asked for
+        asked = [key for key in ("clip_low", "clip_high", "dynamic_clip") if getattr(o, key) != brought.get(key)]
+        yield from _changed("objective", o, only=asked, why=why)
 
 
 def _of_the_likelihood(config: Config) -> Iterator[str]:

@@ -105,7 +105,8 @@ class Assigner:
     ) -> None:
         self.config, self.add = config, add
         self.rewards = rewards or RewardWeights(config)
-        self.estimator = Estimator(config.advantage, add, bounds)
+        alone = config.rollout.group_shards > 1  # then each process sees all samples
+        self.estimator = Estimator(config.advantage, float if alone else add, bounds)
         tuned = config.layer_tuning.weight > 0 and config.layer_tuning.target == "best_velocity"
         self.keep_velocity = tuned or config.objective.ratio == "ratio_norm"
 
@@ -119,6 +120,7 @@ class Assigner:
         prompts: tuple[Tensor, Tensor],
         numbers: Sequence[int],
         iteration: int,
+        whole: tuple[Tensor, Tensor] | None = None,
     ) -> Assignment:
         """Assign credit.
 
@@ -126,10 +128,12 @@ class Assigner:
             scores: of this process's leaves; ``everywhere``: of all processes, in any fixed order.
             prompts: the prompt of each leaf as a number, here and everywhere; equal texts have equal numbers in every run.
             numbers: this process's group numbers within the iteration; they seed random selections.
+            whole: where groups are shared among processes: what each sample of all processes is compared with, as a number, and the places [B] of this
+                process's samples among them.
         """
-        config, total = self.config, self._gated(rollout, scores)
+        config, total = self.config, self._gated(scores, rollout.leaf_set)
         group, rewards, valid = rollout.row_group[rollout.edge_row], total.values.double(), total.valid
-        leaf = self._leaf_advantages(rollout, scores, everywhere, prompts)
+        leaf = self._leaf_advantages(rollout, scores, everywhere, prompts, whole)
         value, known = self._backup(rollout, rewards, valid, "mean" if config.credit.normalize == "leaf" else config.credit.backup)
         clip = config.advantage.clip
         if config.advantage.transform == "identity":
@@ -162,10 +166,18 @@ class Assigner:
         advantages, rows = clamped[keep].float(), 0 if placeholder else least_rows(plan, keep, len(numbers))
         return Assignment(chosen, advantages, low[keep].float(), high[keep].float(), tuning, rows, placeholder, sums)
 
-    def samples(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], *, prompts: tuple[Tensor, Tensor]) -> Samples:
+    def samples(
+        self,
+        rollout: Rollout,
+        scores: dict[str, Scores],
+        everywhere: dict[str, Scores],
+        *,
+        prompts: tuple[Tensor, Tensor],
+        whole: tuple[Tensor, Tensor] | None = None,
+    ) -> Samples:
         """Advantages of whole samples; arguments as above."""
-        total, clip = self._gated(rollout, scores), self.config.advantage.clip
-        raw = self._leaf_advantages(rollout, scores, everywhere, prompts)
+        total, clip = self._gated(scores, rollout.leaf_set), self.config.advantage.clip
+        raw = self._leaf_advantages(rollout, scores, everywhere, prompts, whole)
         a = self.config.advantage
         clamped = raw if a.centre == a.scale == "none" else raw.clamp(-clip, clip)  # a reward has any scale
         num_clamped = float((raw != clamped).sum())
@@ -198,18 +210,31 @@ class Assigner:
             return None
         return torch.stack([~(scores[name].values < limit) for name, limit in limits.items()]).all(0)
 
-    def _gated(self, rollout: Rollout, scores: dict[str, Scores]) -> Scores:
+    def _gated(self, scores: dict[str, Scores], sets: Tensor) -> Scores:
         """The total, where samples that break a constraint rank below all others that they are compared with."""
         total, satisfied = scores["total"], self._satisfied(scores)
         if satisfied is None:
             return total
-        num_sets = int(rollout.leaf_set.max()) + 1
-        values = gate(total.values.double(), satisfied, rollout.leaf_set, total.valid, num_sets)
+        values = gate(total.values.double(), satisfied, sets, total.valid, int(sets.max()) + 1)
         return Scores(values, total.valid)
 
-    def _leaf_advantages(self, rollout: Rollout, scores: dict[str, Scores], everywhere: dict[str, Scores], prompts: tuple[Tensor, Tensor]) -> Tensor:
-        """[B] float64, from the total reward or as the weighted sum of each reward's advantage."""
-        a, total, sets = self.config.advantage, self._gated(rollout, scores), rollout.leaf_set
+    def _leaf_advantages(
+        self,
+        rollout: Rollout,
+        scores: dict[str, Scores],
+        everywhere: dict[str, Scores],
+        prompts: tuple[Tensor, Tensor],
+        whole: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """[B] float64; where groups are shared among processes, each works out the advantages of all samples and takes its own."""
+        if whole is None:
+            return self._compared(scores, everywhere, rollout.leaf_set, prompts)
+        sets, mine = whole
+        return self._compared(everywhere, everywhere, sets, (prompts[1], prompts[1]))[mine]
+
+    def _compared(self, scores: dict[str, Scores], everywhere: dict[str, Scores], sets: Tensor, prompts: tuple[Tensor, Tensor]) -> Tensor:
+        """[B] float64, from the total reward or as the weighted sum of each reward's advantage. sets: [B] int64, equal for samples that are compared."""
+        a, total = self.config.advantage, self._gated(scores, sets)
         num_sets = int(sets.max()) + 1
         if a.aggregate == "rewards" or scores.keys() == {"total"}:  # a total alone: the gradient of one reward is measured
             return self.estimator(total, everywhere["total"], sets, num_sets, prompts=prompts)

@@ -45,7 +45,18 @@ from flowrl.sections import (
     TrainingConfig,
     reward_entries,
 )
-from flowrl.text_sections import AllocationConfig, EntropyConfig, PluginConfig, TokenCreditConfig, TokensConfig, ValueConfig, plugin_entries
+from flowrl.text_sections import (
+    AllocationConfig,
+    EntropyConfig,
+    EnvironmentConfig,
+    PartialConfig,
+    PluginConfig,
+    TokenCreditConfig,
+    TokensConfig,
+    TreeConfig,
+    ValueConfig,
+    plugin_entries,
+)
 from flowrl.types import UserError
 
 __all__ = ["Config", "Method", "dump_config", "list_methods", "load_config"]
@@ -82,6 +93,9 @@ class Config(Section):
     token_credit: TokenCreditConfig = TokenCreditConfig()
     tokens: TokensConfig = TokensConfig()
     value: ValueConfig | None = None
+    environment: EnvironmentConfig | None = None
+    tree: TreeConfig | None = None
+    partial: PartialConfig | None = None
     selection: SelectionConfig = SelectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     kl: KLConfig = KLConfig()

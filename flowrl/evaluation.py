@@ -24,8 +24,9 @@ from torch import Tensor
 from flowrl.checkpoint import load_policy
 from flowrl.config import Config, load_config
 from flowrl.data import load_prompts
+from flowrl.engines import engine_of
 from flowrl.policies.base import DiffusionPolicy
-from flowrl.policies.families import make_policy
+from flowrl.policies.families import family_of, make_policy
 from flowrl.processes import make_accelerator
 from flowrl.sections import RewardConfig, RolloutConfig
 from flowrl.seeds import generator
@@ -260,10 +261,9 @@ def evaluate_run(
         scorer.check_prompts(asked)
     accelerator = make_accelerator(config.training.device)
     scorer.load(accelerator.device)
-    model = DiffusionPolicy.for_new_prompts(config.model)
+    model = family_of(config.model).for_new_prompts(config.model)
     policy = make_policy(model, accelerator.device, rows_per_forward=config.training.rows_per_forward)
-    sigmas = sigmas_of(config.rollout, num_steps or config.evaluation.num_steps, policy)
-    evaluator = Evaluator(policy, prompts, scorer, sigmas=sigmas, seed=seed, accelerator=accelerator)
+    evaluator = engine_of(config.model).make_evaluator(config, policy, prompts, scorer, accelerator, num_steps or config.evaluation.num_steps, seed)
     for name in ("base", "tuned") if run is not None else ("base",):
         iteration = load_policy(run, policy, checkpoint) if name == "tuned" and run is not None else 0
         for split in prompts:

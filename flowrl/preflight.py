@@ -71,7 +71,8 @@ def check_kernel(engine: DiffusionEngine) -> None:
 def check_memory(engine: DiffusionEngine) -> None:
     """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
     config = engine.config
-    groups = math.ceil(config.rollout.groups_per_iteration / engine.accelerator.num_processes)
+    parts = config.rollout.group_shards
+    groups = math.ceil(config.rollout.groups_per_iteration * parts / engine.accelerator.num_processes) / parts
     ends = (1, config.training.iterations)  # a window may grow
     leaves, rows, edges = max((kept_latents(config, iteration, kept_steps(config, iteration)) for iteration in ends), key=sum)
     kept = leaves + edges + rows * (2 if engine.assigner.keep_velocity else 1)
@@ -83,7 +84,7 @@ def check_memory(engine: DiffusionEngine) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"rollout: {leaves:,} samples a prompt and their {kept - leaves:,} training states, for {groups} prompts, take "
+            f"rollout: {leaves:,} samples a prompt and their {kept - leaves:,} training states, for {groups:g} prompts, take "
             f"{needed / 2**30:.3g} GiB of latents, and {free / 2**30:.3g} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
         )
 

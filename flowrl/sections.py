@@ -124,7 +124,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: Text = Field("flowrl:tiny-sd3/train", description="prompts: a .txt file (one a line) or .jsonl with a `prompt` key and metadata")
+    train: Text = Field(
+        "flowrl:tiny-sd3/train", description="prompts: a .txt, .jsonl or .parquet file, a folder that datasets saved, or a hub id; see docs/text_data.md"
+    )
     eval: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Text] = Field(
         default_factory=lambda: {"train": "flowrl:tiny-sd3/train", "eval": "flowrl:tiny-sd3/eval", "unseen": "flowrl:tiny-sd3/unseen"},
         min_length=1,
@@ -225,6 +227,7 @@ class RolloutConfig(Section):
     same_noise: Flag = Field(False, description="True: the images of a group share their start noise")
     groups_per_iteration: PositiveInt = 16
     group_size: Annotated[Int, Field(ge=2)] = 16
+    group_shards: PositiveInt = Field(1, description="parts that a group is sampled and trained in, each of which may be another process's; see docs/scale.md")
     guidance_scale: Annotated[Float, Field(ge=1)] = Field(1.0, description="classifier-free guidance; 1 = off (conditional branch only)")
     log_prob_reduction: Literal["mean", "sum"] = Field("mean", description="over latent elements; published clip ranges mean `mean`")
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from flowrl.sections import Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text, reward_entries
 
-__all__ = ["AllocationConfig", "EntropyConfig", "PluginConfig", "TokenCreditConfig", "TokensConfig", "ValueConfig", "plugin_entries"]
+__all__ = [
+    "AllocationConfig",
+    "EntropyConfig",
+    "EnvironmentConfig",
+    "PartialConfig",
+    "PluginConfig",
+    "TokenCreditConfig",
+    "TokensConfig",
+    "TreeConfig",
+    "ValueConfig",
+    "plugin_entries",
+]
 
 
 class PluginConfig(Section):
@@ -59,8 +70,38 @@ class ValueConfig(Section):
     warmup_iterations: NonNegativeInt = Field(0, description="iterations in which only the value learns")
 
 
-class AllocationConfig(Section):
-    """Which prompts are asked, and how often, see flowrl/allocation.py."""
+class EnvironmentConfig(Section):
+    """What an agent acts in, turn by turn, see flowrl/environments; `generation.max_new_tokens` is that of a turn."""
 
-    name: Text = "uniform"
+    name: Text = Field(description="an environment of flowrl, module:attribute, or path/to/file.py:attribute")
     args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
+    max_turns: PositiveInt = Field(8, description="of an episode; the environment may end it earlier")
+    max_tokens: PositiveInt = Field(1024, description="of an episode after its prompt, the environment's too; one that has as many is cut")
+    reply: Text | None = Field(
+        None,
+        description="how the environment's words are written, with {observation} in it; null = as a user's in the chat template, or on a line of their own",
+    )
+
+
+class TreeConfig(Section):
+    """The answers of a group are the leaves of a tree, see flowrl/text/trees.py."""
+
+    segment: PositiveInt = Field(512, description="tokens between two places where answers may fork")
+    branches: Annotated[int, Field(ge=2)] = Field(2, description="most answers that one goes on as")
+    roots: PositiveInt | None = Field(None, description="most beginnings at the prompt; null = branches")
+
+
+class PartialConfig(Section):
+    """Answers that stop at a window and go on in the next iteration, see flowrl/text/partial.py."""
+
+    window: PositiveInt = Field(8192, description="tokens that an answer gets in an iteration")
+
+
+class AllocationConfig(Section):
+    """Which prompts are asked, and how often, and what is trained of it, see flowrl/allocation.py; and answers that come from elsewhere."""
+
+    name: Text = Field("uniform", description="see flowrl/allocation.py")
+    args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
+    samples: tuple[PluginConfig, ...] = Field((), description="answers that are put into groups, in this order, see flowrl/text/rounds.py")
+
+    _shorthand = field_validator("samples", mode="before")(plugin_entries)

@@ -57,9 +57,11 @@ class Trainer:
         self.accelerator = make_accelerator(config.training.device, timeout_minutes=config.training.timeout_minutes)
         check_agreement(self.accelerator, config)
         world = self.accelerator.num_processes
-        if config.rollout.groups_per_iteration < world:
-            groups = config.rollout.groups_per_iteration
-            raise UserError(f"rollout.groups_per_iteration: {groups} groups cannot be shared by {world} processes; use more groups")
+        groups, shards = config.rollout.groups_per_iteration, config.rollout.group_shards
+        if groups * shards < world:
+            parts = f" in {shards} parts each" if shards > 1 else ""
+            advice = "use more groups, or share a group among processes with rollout.group_shards"
+            raise UserError(f"rollout.groups_per_iteration: {groups} groups{parts} cannot be shared by {world} processes; {advice}")
         set_seed(derive_seed(config.seed, "init") % 2**32)  # initial LoRA weights, and whatever a reward draws from global generators
         engine = engine_of(config.model)
         data = engine.load_data(config)

@@ -11,6 +11,7 @@ takes it in less than half of its samples. That is what reinforcement learning h
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -35,6 +36,7 @@ MAX_NEW_TOKENS = 48
 CONTEXT = 512
 PEAK_RATE = 1e-3
 AFTER_SPACE = 0.25
+DRILL_SHARE, DRILL_LENGTH = 0.35, 6
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 EXTRA_WORDS = (
     "Answer",
@@ -65,6 +67,8 @@ SLIP = 0.06  # a result that is off by 1, 2 or 10
 STOP_EARLY = {1: 0.0, 2: 0.1, 3: 0.2}  # level -> the last equation is left out
 BAD_FORM = 0.03  # nothing after the working
 LEVEL_WEIGHTS = (0.25, 0.35, 0.4)
+
+Row = list[tuple[str, bool]]  # pieces of a text, and whether they are learned
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------------------------------
@@ -106,13 +110,35 @@ def pupil(problem: Problem, rng: random.Random) -> str:
     return text.rpartition(f" {MARKER}")[0] if rng.random() < BAD_FORM else text
 
 
-def examples(rng: random.Random, taken: set[str]) -> Iterator[tuple[str, str]]:
-    """Prompts and answers of pre-training, for ever; in a part of them the answer comes after a space, as behind a hint."""
+def word_problems(rng: random.Random, taken: set[str]) -> Iterator[Row]:
+    """Problems with the pupil's answers, for ever; in a part of them the answer comes after a space, as behind a hint."""
     known = [[kind for kind in kinds(level) if kind not in unseen_kinds()] for level in (1, 2, 3)]
     while True:
         problem = make_problem(rng, rng.choice(rng.choices(known, LEVEL_WEIGHTS)[0]))
         if problem.prompt not in taken and not is_unseen(problem):
-            yield problem.prompt + (" " if rng.random() < AFTER_SPACE else ""), pupil(problem, rng)
+            yield [(problem.prompt + (" " if rng.random() < AFTER_SPACE else ""), False), (pupil(problem, rng) + "<eos>", True)]
+
+
+def drills(rng: random.Random) -> Iterator[Row]:
+    """Rows of right equations, for ever, of which the results are learned: most of the arithmetic comes from here, and soon."""
+    while True:
+        row: Row = []
+        for _ in range(DRILL_LENGTH):
+            sign = rng.choices("+-*", (0.45, 0.3, 0.25))[0]
+            left, right = rng.choice((rng.randint(2, 60), rng.randint(2, 140))), rng.choice((rng.randint(2, 20), rng.randint(2, 59)))
+            if sign == "*":
+                left, right = rng.choice(((rng.randint(2, 9), rng.randint(2, 9)), (rng.randint(2, 66), rng.randint(2, 3))))
+            elif sign == "-" and left < right:
+                left, right = right, left
+            row += [(f"{left}{sign}{right}=", False), (f"{result(left, sign, right)} ", True)]
+        yield row
+
+
+def examples(rng: random.Random, taken: set[str]) -> Iterator[Row]:
+    """Word problems, and drills in between."""
+    problems, sums = word_problems(rng, taken), drills(rng)
+    while True:
+        yield next(sums if rng.random() < DRILL_SHARE else problems)
 
 
 # --- tokenizer and network ----------------------------------------------------------------------------------------------------------------------
@@ -171,24 +197,23 @@ def save(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast)
 # --- training -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def batches(stream: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, size: int, rng: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """tokens [B, T] int64, padded on the right, and mask [B, T] bool of the answers with their end tokens; rows of about one length side by side."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+def batches(rows: Iterator[Row], tokenizer: PreTrainedTokenizerFast, size: int, rng: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
+    """tokens [B, T] int64, padded on the right, and mask [B, T] bool of what is learned; rows of about one length side by side."""
     while True:
-        drawn = [next(stream) for _ in range(16 * size)]
-        prompts = tokenizer([prompt for prompt, _ in drawn]).input_ids
-        answers = tokenizer([answer for _, answer in drawn], add_special_tokens=False).input_ids
-        rows = sorted(((prompt, [*answer, eos]) for prompt, answer in zip(prompts, answers, strict=True)), key=lambda row: len(row[0]) + len(row[1]))
-        starts = list(range(0, len(rows), size))
+        drawn: list[tuple[list[int], list[bool]]] = []
+        for row in itertools.islice(rows, 16 * size):
+            parts = [(tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in row]
+            drawn.append(([tokenizer.bos_token_id, *(n for part, _ in parts for n in part)], [False, *(learned for part, learned in parts for _ in part)]))
+        drawn.sort(key=lambda pair: len(pair[0]))
+        starts = list(range(0, len(drawn), size))
         rng.shuffle(starts)
         for start in starts:
-            some = rows[start : start + size]
-            width = max(len(prompt) + len(answer) for prompt, answer in some)
-            tokens = torch.tensor([[*prompt, *answer, *[pad] * (width - len(prompt) - len(answer))] for prompt, answer in some])
-            place = torch.arange(width)
-            first = torch.tensor([[len(prompt)] for prompt, _ in some])
-            last = torch.tensor([[len(prompt) + len(answer)] for prompt, answer in some])
-            yield tokens, (place >= first) & (place < last)
+            some = drawn[start : start + size]
+            width = len(some[-1][0])
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in some]),
+                torch.tensor([learned + [False] * (width - len(learned)) for _, learned in some]),
+            )
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -212,7 +237,7 @@ def train(model: LlamaForCausalLM, stream: Iterator[tuple[Tensor, Tensor]], step
         optimizer.step()
         running += (loss.item() - running) / min(step + 1, 50)
         seen += tokens.numel()
-        if (step + 1) % 100 == 0 or step == steps - 1:
+        if (step + 1) % 200 == 0 or step == steps - 1:
             spent = time.time() - start
             print(f"step {step + 1}/{steps} loss {running:.4f} {spent:.0f} s, {seen / spent:.0f} tokens/s forward and backward", flush=True)
 
@@ -274,8 +299,8 @@ def report(out: Path, prompts: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="folder of model and tokenizer")] = Path("flowrl/assets/tiny-lm"),
     prompts: Annotated[Path, typer.Option(help="folder of the prompt splits")] = Path("flowrl/assets/prompts/tiny-lm"),
-    steps: Annotated[int, typer.Option(help="updates")] = 1000,
-    batch: Annotated[int, typer.Option(help="problems an update")] = 128,
+    steps: Annotated[int, typer.Option(help="updates")] = 2000,
+    batch: Annotated[int, typer.Option(help="rows an update")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
     bfloat16: Annotated[bool, typer.Option(help="multiply in bfloat16: faster where the processor has it, slower where not")] = True,
     check: Annotated[bool, typer.Option("--check", help="build nothing, only measure what is there")] = False,

@@ -80,7 +80,7 @@ class Drill:
 
 def begin(trainer: Trainer, iteration: int = 1, *, rewards: Sequence[float] | None = None, rollout: Rollout | None = None) -> Drill:
     """Roll out, score and assign. ``rewards``: instead of the scores, NaN where there is none; ``rollout``: instead of one of the trainer's."""
-    indices = trainer.engine.sampler.groups(iteration - 1)
+    indices = trainer.engine.groups(iteration)
     prompts, numbers = [trainer.prompts[i] for i in indices], list(range(len(indices)))
     plan = trainer.engine.plan(iteration)
     sampled, pending = trainer.engine.sample(plan, prompts, numbers, iteration)

@@ -201,3 +201,62 @@ def test_a_run_with_a_likelihood_of_its_own_names_what_it_does_not_use(tmp_path)
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_config_sets_nothing_without_an_effect(path):
     assert list(settings_without_effect(load_config(path))) == []
+
+
+BETA = "advantage={centre: group, scale: beta}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["advantage.centre=length_weighted"], "advantage.centre: length_weighted weighs answers by their lengths, and pictures have none; use group"),
+        (
+            ["advantage={scale: history, aggregate: gdpo}"],
+            "advantage.aggregate: scale history remembers the weighted sum of the rewards; use aggregate: rewards",
+        ),
+        (
+            ["advantage={centre: virtual_max, aggregate: advantages}"],
+            "advantage.aggregate: centre: virtual_max needs the range of the weighted sum of the rewards; use aggregate: rewards",
+        ),
+        ([BETA, "advantage.aggregate=gdpo"], "advantage.aggregate: scale: beta needs the range of the weighted sum of the rewards; use aggregate: rewards"),
+        (
+            [BETA, "rewards=[{name: ink, minimum: 0.1}, scene]"],
+            "rewards: a minimum puts samples below the lowest reward, and scale: beta needs its range; leave it out",
+        ),
+        (
+            [BETA, "reward_weights.kind=gradient", "rewards=[ink, scene]"],
+            "reward_weights.kind: scale: beta needs the range of the weighted sum, and gradient changes its weights; use fixed",
+        ),
+        (
+            ["advantage.centre=ema", "reward_weights.kind=gradient", "rewards=[ink, scene]"],
+            "reward_weights.kind: gradient takes the gradient of each reward alone, which a critic or a history of totals cannot give; leave them out, or use "
+            "fixed",
+        ),
+        (["kl={weight: 1, form: k3}"], "kl.form: k3 compares tokens; with likelihood: transition use fg_code, exact_mean, v_mse, x_mse or v_elbo"),
+    ],
+)
+def test_advantages_that_cannot_be_taken_are_refused(tmp_path, overrides, line):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, *overrides, rollout=WINDOW)
+    assert line in str(caught.value).splitlines()
+
+
+def test_a_beta_scale_of_stored_pairs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="data.pairs: stored pairs have no rewards with a range, which scale: beta needs; leave it out"):
+        load(tmp_path, BETA, "data.pairs=pairs.jsonl", "rollout.group_size=2", "objective.name=dpo", rollout=ODE, **MATCHING)
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle", "why"),
+    [
+        ("centre: group, scale: none", ["ddof", "eps"], "scale none"),
+        ("centre: history, scale: history", ["ddof"], "scale history, which has ddof 0"),
+        ("centre: virtual_max, scale: group_std", [], ""),
+        ("centre: ema, scale: batch_std, decay: 0.5", [], ""),
+        ("centre: group, scale: batch_std, virtual: 2, decay: 0.5", ["virtual", "decay"], "centre group"),
+        ("centre: none, scale: batch_std, singleton: raw", ["singleton"], "centre none"),
+    ],
+)
+def test_settings_of_an_advantage_that_change_nothing_are_named(tmp_path, settings, idle, why):
+    found = list(settings_without_effect(load(tmp_path, f"advantage={{ddof: 1, eps: 0.5, {settings}}}", rollout=WINDOW)))
+    assert [line for line in found if line.startswith("advantage.")] == [f"advantage.{name} has no effect with {why}" for name in idle]

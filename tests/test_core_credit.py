@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from estimates import group_zscore
 
-from flowrl.core.advantages import edge_advantages, group_zscore
+from flowrl.core.advantages import edge_advantages
 from flowrl.core.credit import backup, integrate, layer_advantages, layer_position, sibling_advantages
 
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -253,7 +254,7 @@ def test_on_chains_the_layers_advantages_are_the_samples_zscores_at_every_step(d
     values, log_prob = forest.draw(7)
     value, known = forest.back_up("path", values, log_prob)
     group = torch.arange(2).repeat_interleave(5)
-    leaf = group_zscore(values, group, torch.ones(10, dtype=torch.bool), 2, eps=1e-4, ddof=ddof, global_spread=torch.zeros(()))
+    leaf = group_zscore(values, group, torch.ones(10, dtype=torch.bool), 2, eps=1e-4, ddof=ddof)
     expected = edge_advantages(leaf, forest.leaf_edge, len(value))
     torch.testing.assert_close(layer_advantages(value, known, **forest.layer, eps=1e-4, ddof=ddof), expected, **FP64)
 

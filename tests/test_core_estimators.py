@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowrl.core.advantages import global_std, group_mean, group_statistics, group_zscore, reward
+from flowrl.core.advantages import group_statistics
 from flowrl.core.estimators import (
     CENTRES,
     SCALES,
@@ -116,24 +116,6 @@ def test_the_running_baseline_has_no_bias_and_is_restored():
 
 def test_the_running_baseline_with_decay_0_is_the_last_batch():
     assert RewardAverage(decay=0.0).update(3.0).update(5.0).value(0.0) == 5.0
-
-
-# --- the functions of core.advantages are special cases ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize(
-    ("function", "kinds"),
-    [(group_zscore, ("group", "group_std")), (global_std, ("group", "batch_std")), (group_mean, ("group", "none")), (reward, ("none", "none"))],
-)
-def test_the_four_existing_functions_come_out_bit_by_bit(function, kinds, ddof):
-    rewards, group = batch(size=14)
-    rewards[group == 1] = 0.1  # one group without spread; group 3 has one valid sample
-    rewards, group = torch.cat([rewards, tensor([NAN, 5.0])]), torch.cat([group, torch.tensor([3, 3])])
-    valid = ~rewards.isnan()
-    old = function(rewards, group, valid, 4, eps=1e-4, ddof=ddof, global_spread=torch.tensor(0.7, dtype=torch.float64))
-    new = estimate(*kinds, rewards, group, valid, eps=1e-4, ddof=ddof, scaling={"batch_std": 0.7})
-    assert torch.equal(old, new)
 
 
 # --- section 12 of text.md -----------------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from estimates import group_mean, group_zscore
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowrl.core.advantages import group_mean, group_zscore
 from flowrl.core.gates import bgpo, cispo, gmpo, kimi, lp_reg, mdpo, mirror_penalty, mixed_origin, rl_plus_off_policy, rover, sapo, token_nft, vespo
 from flowrl.core.group_gates import drpo, gradient_weights, gvpo, reg_grpo
 from flowrl.core.objectives import OBJECTIVES, clipped_surrogate, reinforce
@@ -27,7 +27,7 @@ def draw(seed, *, spread, shape=SHAPE):
     generator = torch.Generator().manual_seed(seed)
     old, noise = -1 - torch.rand(shape, generator=generator, dtype=torch.float64), torch.randn(shape, generator=generator, dtype=torch.float64)
     rewards = torch.randn(shape[0], generator=generator, dtype=torch.float64)
-    advantages = group_mean(rewards, GROUP, torch.ones(6, dtype=torch.bool), 2, eps=0.0, ddof=0, global_spread=torch.ones(())) if shape[0] == 6 else rewards
+    advantages = group_mean(rewards, GROUP, torch.ones(6, dtype=torch.bool), 2, eps=0.0, ddof=0) if shape[0] == 6 else rewards
     return (old + spread * noise).requires_grad_(), old, advantages[:, None].expand(shape)
 
 
@@ -386,7 +386,7 @@ def test_item_10_nft_on_policy_is_grpo_and_dr_grpo(omega, estimator):
     y, group, rate = verdicts([[1, 0, 0, 1, 0], [1, 1, 1, 0], [0, 0, 1]])
     log_prob = torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     loss = token_nft(batch(log_prob, log_prob.detach(), y[:, None].expand(12, 3)), success_rate=rate, omega=omega).loss
-    advantages = estimator(y, group, torch.ones(12, dtype=torch.bool), 3, eps=0.0, ddof=0, global_spread=torch.ones(()))
+    advantages = estimator(y, group, torch.ones(12, dtype=torch.bool), 3, eps=0.0, ddof=0)
     torch.testing.assert_close(gradient(loss, log_prob), -advantages[:, None].expand(12, 3), **FP64)
 
 

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from estimates import group_mean
 
-from flowrl.core.advantages import group_mean
 from flowrl.core.group_gates import GROUP_OBJECTIVES, drpo, gvpo, reg_grpo
 from flowrl.core.reductions import sequence_weights
 from flowrl.types import Decisions
@@ -27,7 +27,7 @@ def draw(seed, *, spread, shape=SHAPE):
 
 
 def centred(rewards, group, num_groups):
-    return group_mean(rewards, group, torch.ones(6, dtype=torch.bool), num_groups, eps=0.0, ddof=0, global_spread=torch.ones(()))
+    return group_mean(rewards, group, torch.ones(6, dtype=torch.bool), num_groups, eps=0.0, ddof=0)
 
 
 def batch(log_prob, old, advantages, mask=None):

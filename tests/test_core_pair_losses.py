@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from estimates import group_mean
 from torch.nn.functional import logsigmoid
 
-from flowrl.core.advantages import group_mean
 from flowrl.core.objectives import clipped_surrogate
 from flowrl.core.pair_losses import (
     PAIR_LOSSES,
@@ -395,7 +395,7 @@ def test_item_14_p3o_on_policy_is_dr_grpo_with_groups_of_two(form):
     objective = p3o(pairs, beta=0.0, form=form)
     rewards = torch.cat([pairs.chosen_reward, pairs.rejected_reward], 1).flatten()  # pair by pair
     everyone = torch.ones(10, dtype=torch.bool)
-    advantages = group_mean(rewards, torch.arange(5).repeat_interleave(2), everyone, 5, eps=0.0, ddof=0, global_spread=torch.ones(()))[:, None]
+    advantages = group_mean(rewards, torch.arange(5).repeat_interleave(2), everyone, 5, eps=0.0, ddof=0)[:, None]
     log_prob = torch.cat([pairs.chosen, pairs.rejected], 1).reshape(10, 1)
     theirs = clipped_surrogate(Decisions(log_prob, log_prob.detach(), advantages, everyone[:, None]), clip_low=0.2, clip_high=0.2).loss
     assert_same(objective.loss, theirs.view(5, 2).sum(1, keepdim=True), pairs)

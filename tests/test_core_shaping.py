@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from estimates import group_mean, group_zscore
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import FP64, NAN, assert_row, flags, ids, row
 
 from flowrl.core.advantage_shaping import anchor_inserted, compress, downscale_inserted, novelty, position_bonus
-from flowrl.core.advantages import group_mean, group_zscore
 from flowrl.core.shaping import (
     centre_distance,
     cluster_centres,
@@ -45,7 +45,7 @@ def batch(seed, size=12, num_groups=4):
 
 
 def advantage_of(estimator, rewards, group, valid, num_groups):
-    return estimator(rewards, group, valid, num_groups, eps=0.0 if estimator is group_mean else 1e-9, ddof=0, global_spread=row(1.0))
+    return estimator(rewards, group, valid, num_groups, eps=0.0 if estimator is group_mean else 1e-9, ddof=0)
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ CASES = {
         *["method=srpo", "rollout={plan: ode, num_steps: 4, group_size: 3}", "rewards=[toys:Warmth]", "direct={threshold: null, inversion: true}"],
         "objective={updates_per_iteration: 2, inner_epochs: 2}",
     ],
+    # one group for two processes: each has half of it; and three groups in two parts each
+    "shared group": ["rollout={plan: chain, groups_per_iteration: 1, group_size: 4, group_shards: 2}", "advantage={centre: group, scale: group_std}"],
+    "shared awm": [
+        *["method=awm", "rollout={plan: ode, num_steps: 4, group_size: 4, group_shards: 2}", "matching.num_times=2", "objective.updates_per_iteration=3"],
+        "rewards={toys:brightness: 1.0, toys:redness: 0.5}",
+    ],
     "two rewards": ["rewards={toys:brightness: 1.0, toys:redness: 0.5}", "rollout.plan=chain", "rollout.groups_per_iteration=5", "ema=null"],
 }
 SCRIPT = """

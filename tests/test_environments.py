@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -410,7 +411,9 @@ def test_salt_merges_equal_actions_after_equal_histories_and_aspo_and_igpo_find_
     assert key.tolist() == [[0, 1], [0, 2], [3, 4]] and count == 5  # groups share nothing
     valid = torch.ones(3, dtype=torch.bool)
     assert merged_advantages(torch.tensor([1.0, -1.0, 0.5]), key, episodes.present, valid, count).tolist() == [[0, 1], [0, -1], [0.5, 0.5]]
-    late = play(Calculator, [PROBLEM], [2], ["calc 9*4", "#36"], ["hm", "calc 9*4", "#36"])
+    other = dataclasses.replace(episodes, observations=[["", "36", ""], ["", "37", ""], ["", "36", ""]], actions=[["calc 9*4", "#36"]] * 3)
+    assert other.shared_steps()[0].tolist() == [[0, 1], [0, 2], [3, 4]]  # what was heard belongs to the history
+    late = play(Calculator, [PROBLEM], [2], ["calc 9*4", "calc 9+1", "#36"], ["hm", "calc 9*4", "#36"])
     assert late.tool_start.tolist() == [0, 3 + 7]
     eligible = late.success & (late.tool_start >= 0)
     length = late.completions.length.float()
@@ -421,7 +424,7 @@ def test_salt_merges_equal_actions_after_equal_histories_and_aspo_and_igpo_find_
         heads = [decode(late.completions.tokens[i, :start].tolist()) for start in late.turn_start[i, :turns].tolist()]
         assert heads == ["".join(f"{a} {o} " for a, o in zip(late.actions[i][:s], late.observations[i][1 : s + 1], strict=True)) for s in range(turns)]
     gains = turn_gains(torch.log(torch.tensor([[0.2, 0.6, 1.0], [0.2, 0.3, 0.8]])), late.present)
-    assert torch.allclose(gains.sum(1), torch.tensor([0.6 - 0.2, 0.8 - 0.2]))
+    assert torch.allclose(gains.sum(1), torch.tensor([1.0 - 0.2, 0.8 - 0.2]))
 
 
 class Broken:

@@ -59,7 +59,7 @@ def test_what_a_function_takes_is_filled_in_or_may_be_configured(name: str) -> N
 
 def test_every_objective_is_in_the_document_with_its_arguments() -> None:
     text = (ROOT / "docs" / "objectives.md").read_text()
-    rows = {row.split("|")[1].strip(" `"): row for row in text.splitlines() if row.startswith("| `")}
+    rows = {row.split("|")[1].strip(" `"): row for row in text.splitlines() if row.startswith("| `") and "." not in row.split("|")[1]}
     assert rows.keys() == OBJECTIVE_NAMES.keys()
     for name, entry in OBJECTIVE_NAMES.items():
         for parameter in parameters(name):

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from estimates import group_zscore
 from forests import ODE_PLANS, PLANS, SHAPE, SIX, Counted, chain, granular, noise_of, ode, path_to, roll_out, tree, walk, window
 
-from flowrl.core.advantages import group_zscore
 from flowrl.likelihoods.transition import TransitionLikelihood, select_rows
 from samplers.kernels import KERNELS, Step, expand
 from samplers.ode import heun_correction
@@ -455,7 +455,7 @@ def test_without_noise_the_children_of_an_anchor_are_one_picture_with_nothing_to
         spread = torch.stack([rollout.leaves[rollout.leaf_set == s].std(0).max() for s in rollout.leaf_set.unique()])
         assert bool((spread < 1e-9).all()) == equal
         rewards = rollout.leaves.flatten(1).mean(1).float().double()  # what a reward in float32 can tell apart
-        advantages = group_zscore(rewards, rollout.leaf_set, torch.ones(len(rewards), dtype=torch.bool), 6, eps=1e-8, ddof=1, global_spread=torch.zeros(()))
+        advantages = group_zscore(rewards, rollout.leaf_set, torch.ones(len(rewards), dtype=torch.bool), 6, eps=1e-8, ddof=1)
         assert bool((advantages == 0).all()) == equal
 
 

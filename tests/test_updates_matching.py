@@ -216,6 +216,49 @@ def test_the_size_of_a_micro_batch_does_not_change_the_gradient(configure: Confi
         assert_same_gradient(small, large)
 
 
+# --- objectives of text -------------------------------------------------------------------------------------------------------------------------
+
+GATES = {
+    "sapo": ["objective={name: sapo, args: {temperature_positive: 3, temperature_negative: 4}}"],
+    "cispo": ["objective={name: cispo, clip_low: 0.1, clip_high: 0.1}"],
+    "mdpo": ["objective={name: mdpo, args: {penalty: 2}}"],
+    "bgpo": ["objective.name=bgpo"],
+    "dual clip": ["objective={dual_clip: 3, ratio_max: 4}"],
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_first_gradient_of_a_gate_is_that_of_reinforce(configure: Configure, name: str) -> None:
+    trainer = move(Trainer(configure(*AWM, *GATES[name])))
+    drill = begin(trainer).with_advantages(MIXED)
+    loss = (torch.tensor(MIXED).repeat_interleave(2) * errors(trainer, update_of(drill).noised.batch(all_of(drill)))[0]).mean()
+    assert_same_gradient(by_hand(trainer, loss), drill.gradient())
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_starts_at_ratio_1_and_takes_the_least_rows(configure: Configure, name: str) -> None:
+    trainer = Trainer(configure(*AWM, *GATES[name], "objective.updates_per_iteration=3"))
+    for iteration in (1, 2):
+        metrics, _ = trainer.iterate(iteration)
+        assert metrics["ratio/max_abs_log_first"] == 0.0
+        assert metrics["nfe/used"] == metrics["nfe/minimum"]
+
+
+def test_a_soft_gate_off_policy_by_hand(configure: Configure) -> None:
+    old = "old_policy={rollout: true, decay_slope: 1, decay_max: 0.9}"
+    settings = [*AWM, old, *GATES["sapo"]]
+    trainer = move(Trainer(configure(*settings)), size=0.1)
+    drill = begin(trainer).with_advantages(MIXED)
+    plain = twin(drill, configure(*settings))
+    batch = update_of(drill).noised.batch(all_of(drill))
+    ratio = (errors(plain, batch)[0].detach() - errors(trainer, batch)[0]).exp().view(12, 2)
+    advantages = torch.tensor(MIXED)[:, None]
+    tau = torch.where(advantages > 0, 3.0, 4.0)
+    loss = -advantages * 4 / tau * torch.sigmoid(tau * (ratio - 1))
+    assert (ratio - 1).abs().max() > 0.05
+    assert_same_gradient(by_hand(trainer, loss.mean()), drill.gradient())
+
+
 # --- NFT ----------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -362,9 +405,9 @@ def test_the_critic_learns_from_the_states_and_shaped_rewards_of_the_iteration(c
     assert found > 0.5, found
 
 
-@pytest.mark.parametrize("method", [[*AWM, "advantage={centre: group, scale: group_std}"], [*NFT, "advantage={centre: group, scale: group_std}"]], ids=["awm", "nft"])
+@pytest.mark.parametrize("method", [AWM, NFT], ids=["awm", "nft"])
 def test_training_raises_the_reward(configure: Configure, method: list[str]) -> None:
-    settings = [*method, "rollout={groups_per_iteration: 4, group_size: 8}", "rewards=[toys:redness]", "optimizer.learning_rate=0.02"]
-    trainer = Trainer(configure(*settings))
+    settings = ["advantage={centre: group, scale: group_std}", "rollout={groups_per_iteration: 4, group_size: 8}", "optimizer.learning_rate=0.02"]
+    trainer = Trainer(configure(*method, *settings, "rewards=[toys:redness]"))
     means = [trainer.iterate(iteration)[0]["reward/total/mean"] for iteration in range(1, 26)]
     assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.01

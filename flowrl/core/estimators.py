@@ -13,7 +13,7 @@
 | NGRPO | virtual_max | group_std, the same ``virtual`` |
 | a critic's value | given | any |
 
-The functions of `advantages` are special cases. REINFORCE++, GAE and others that differ from token to token: `token_advantages`.
+REINFORCE++, GAE and others that differ from token to token: `token_advantages`.
 
 A sample without a reward (``valid`` False) has advantage 0 and is in no statistic. A sample put in from elsewhere (expert, replay, hint) may be kept out of the
 statistics with ``stats_mask``: it is compared with them all the same. A group with fewer than two rewards in its statistics compares with nobody: its samples

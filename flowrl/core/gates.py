@@ -161,7 +161,7 @@ def kimi(decisions: Decisions, *, clip_low: float | Tensor = math.inf, clip_high
     decisions as sequences of one (S = 1) it is the token form that verl calls dro, -(A delta - (tau / 2) delta^2).
 
     Args:
-        decisions: advantages equal within a sequence (estimator group_mean); their mean is taken.
+        decisions: advantages equal within a sequence (centre group, scale none); their mean is taken.
         clip_low, clip_high: have no effect; here so that every objective is called alike.
         tau: >= 0; not published, 0.1 is ours.
     Source:
@@ -196,7 +196,7 @@ def rover(decisions: Decisions, *, next_value: Tensor, kappa: float = 1.0) -> Ob
     On-policy (delta and next_value 0) the gradient is -2 kappa A grad log_prob.
 
     Args:
-        decisions: advantages are centred rewards, the same at every decision (group_mean, or group_zscore as in the released run).
+        decisions: advantages are centred rewards, the same at every decision (centre group; scale none, or group_std as in the released run).
         next_value: [B, S], mean over the vocabulary of log_prob - old_log_prob at the next decision, a constant; 0 after the last decision.
         kappa: > 0.
     Source:
@@ -221,7 +221,7 @@ def token_nft(
     | dr_grpo | 1 - q | Dr.GRPO |
 
     Args:
-        decisions: advantages y in {0, 1}, whether the answer is right (estimator reward on a verifier's score).
+        decisions: advantages y in {0, 1}, whether the answer is right (centre and scale none on a verifier's score).
         success_rate: [B] or [B, S], the group's share of right answers; clamped to 0.02 .. 0.98. Where it is 0 or 1 the group teaches nothing: loss 0.
         negative_weight: 1; 0 is rejection fine-tuning.
         floor_positive, floor_negative: the floors 0 and 1 of the release.

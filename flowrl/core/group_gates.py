@@ -45,7 +45,7 @@ def reg_grpo(
     sum to 0 in a group. std does not change under D -> a D + b, a > 0: it fixes the direction of an update, not its size.
 
     Args:
-        decisions: advantages equal within a sequence (group_zscore); their mean is taken.
+        decisions: advantages equal within a sequence (centre group, scale group_std); their mean is taken.
         group: [B] int64 in 0..P-1.
         scale: > 0. level: D as a sum, or its mean over the sequence's decisions.
     Raises:
@@ -78,7 +78,7 @@ def gvpo(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_prob: 
     group of one is 0.
 
     Args:
-        decisions: advantages are rewards minus the group's mean (group_mean), equal within a sequence; their mean is taken. old_log_prob is only reported.
+        decisions: advantages are rewards minus the mean of the group (scale none), equal within a sequence; their mean is taken. old_log_prob is only reported.
         group: [B] int64 in 0..P-1. ref_log_prob: [B, S], a constant. beta: > 0.
     Source:
         verl-recipe, gvpo_core_algos.py, verified in code.
@@ -104,7 +104,7 @@ def drpo(
     They are scaled so that ``seq_mean`` gives the mean over the prompts that have sequences.
 
     Args:
-        decisions: the sign of the advantages says right or wrong (group_mean of a verifier's score; all equal is 0: neither). old_log_prob is only reported.
+        decisions: the sign of the advantages says right or wrong (centre group of a verifier's score; all equal is 0: neither). old_log_prob is only reported.
         group: [B] int64 in 0..P-1.
         temperature: tau > 0. length_scale: Lambda > 0. max_length: L_max > 0; None = constant w.
     Source:

@@ -49,7 +49,7 @@ def group_rank(values: Tensor, group: Tensor, valid: Tensor, num_groups: int) ->
 def exit_decay(correct: Tensor, position: Tensor, group: Tensor, valid: Tensor, num_groups: int, *, decay: float = 0.5) -> Tensor:
     """S-GRPO: of the exits of one trace the first right one gets 1, the next right one ``decay``, then ``decay``^2, ...; a wrong one 0. [B] float64.
 
-    The advantage is this minus the group's mean, without a standard deviation (`advantages.group_mean`).
+    The advantage is this minus the group's mean, without a standard deviation (centre group, scale none).
 
     Args:
         correct, valid: [B] bool. position: [B], where the trace was left; the full trace last. group: [B] int64 in 0..P-1, exits of one trace.

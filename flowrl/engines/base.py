@@ -194,6 +194,13 @@ class Engine(Protocol):
         """The least network evaluations of the iteration over all processes, without those of sharded company."""
         ...
 
+    @staticmethod
+    def make_evaluator(
+        config: Config, policy: Any, splits: Mapping[str, Sequence[Prompt]], rewards: WeightedRewards, accelerator: Accelerator, num_steps: int, seed: int
+    ) -> Callable[[str, int, float, int], Evaluated]:
+        """What `evaluate` calls; also for a policy that is not trained. ``num_steps``: of pictures."""
+        ...
+
     def evaluate(self, split: str, number: int, guidance_scale: float, keep: int) -> Evaluated: ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowrl.assignment import Assigner, Assignment, Samples
 from flowrl.config import Config
+from flowrl.core.advantages import group_statistics
 from flowrl.critic import Critic, critic_advantages
 from flowrl.data import GroupSampler, load_prompts
 from flowrl.engines.base import Awaited, Data, Engine, Known, Setting, gathered_samples
@@ -32,7 +35,7 @@ from flowrl.updates.minimum import least_rows, units_of_samples
 from flowrl.updates.noised import NoisedSamples
 from flowrl.updates.pairs import PairUpdate, needs_reference
 from flowrl.updates.transition import TransitionUpdate
-from rewards.composite import Pending
+from rewards.composite import Pending, WeightedRewards
 from samplers.forest import concatenate, leaves_only, move
 from samplers.plans import Plan
 from samplers.rollout import execute
@@ -101,21 +104,26 @@ class DiffusionEngine:
         if config.critic is not None:
             channels, pooled_dim = policy.latent_shape[0], policy.pooled.shape[1]
             self.critic = Critic(config.critic, channels=channels, pooled_dim=pooled_dim, device=policy.device, seed=config.seed)
-        sigmas, seed = sigmas_of(config.rollout, config.evaluation.num_steps, policy), config.evaluation.seed
-        self.evaluator = Evaluator(policy, setting.data.splits, setting.eval_rewards, sigmas=sigmas, seed=seed, accelerator=self.accelerator)
+        e = config.evaluation
+        self.evaluator = self.make_evaluator(config, policy, setting.data.splits, setting.eval_rewards, self.accelerator, e.num_steps, e.seed)
+        if config.rollout.group_shards > 1 and self.rewards.compares:
+            raise UserError("rollout.group_shards: a reward compares the samples of a group, which must stay together then; use group_shards: 1")
         check_memory(self)
         check_updates(self)
         if self.pairs is not None:
             check_pairs(self)
 
     def groups(self, iteration: int) -> list[int]:
-        return self.sampler.groups(iteration - 1)
+        """Where groups are sampled in parts, the parts stand side by side, each as a group of its own."""
+        return [index for index in self.sampler.groups(iteration - 1) for _ in range(self.config.rollout.group_shards)]
 
     def plan(self, iteration: int) -> Plan:
         """The plan of an iteration (>= 1), the same on every process."""
         seed = derive_seed(self.config.seed, iteration)
         kept = kept_steps(self.config, iteration)
-        return build_plan(self.config.rollout, self.sigmas, shift=self.shift, iteration=iteration, seed=seed, kept_steps=kept)
+        rollout = self.config.rollout
+        part = rollout if rollout.group_shards == 1 else rollout.model_copy(update={"group_size": rollout.group_size // rollout.group_shards})
+        return build_plan(part, self.sigmas, shift=self.shift, iteration=iteration, seed=seed, kept_steps=kept)
 
     # --- sampling ---
 
@@ -191,6 +199,11 @@ class DiffusionEngine:
         add = self.setting.add
         assigned = self._assign(self.assigner, rolled_out, scores, everywhere, prompts, numbers, iteration)
         metrics: dict[str, Any] = {}
+        whole = self._whole(rolled_out, numbers)
+        if whole is not None:
+            total, sets = everywhere["total"], whole[0]
+            _, std, count = group_statistics(total.values.double(), sets, total.valid, int(sets.max()) + 1, self.config.advantage.ddof)
+            metrics["reward/zero_std_groups"] = int(((std == 0) | (count < 2)).sum())
         if self.config.selection != SelectionConfig():
             metrics["selection/kept"] = add(assigned.sums["kept"]) / add(assigned.sums["all"])
         if isinstance(assigned, Assignment) and assigned.tuning is not None:
@@ -216,9 +229,20 @@ class DiffusionEngine:
         numbers: Sequence[int],
         iteration: int,
     ) -> Assignment | Samples:
+        whole = self._whole(rolled_out, numbers)
         if trains_steps(self.config):
-            return assigner(rolled_out.plan, rolled_out.rollout, scores, everywhere, prompts=prompts, numbers=numbers, iteration=iteration)
-        return assigner.samples(rolled_out.rollout, scores, everywhere, prompts=prompts)
+            return assigner(rolled_out.plan, rolled_out.rollout, scores, everywhere, prompts=prompts, numbers=numbers, iteration=iteration, whole=whole)
+        return assigner.samples(rolled_out.rollout, scores, everywhere, prompts=prompts, whole=whole)
+
+    def _whole(self, rolled_out: Sampled, numbers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """The group of each sample of all processes, and the places of this process's samples among them; None where groups are whole."""
+        shards = self.config.rollout.group_shards
+        if shards == 1:
+            return None
+        here = torch.tensor(numbers)[rolled_out.group] // shards
+        parts = gather_object([here]) if self.accelerator.num_processes > 1 else [here]
+        before = sum(len(part) for part in parts[: self.accelerator.process_index])
+        return torch.cat(parts), torch.arange(before, before + len(here))
 
     def update(
         self, rolled_out: Sampled, assigned: Assignment | Samples, prompts: list[Prompt], numbers: list[int], iteration: int
@@ -289,6 +313,7 @@ class DiffusionEngine:
         ``idle_rows`` keep this process in step with others that have something to train.
         """
         config, add = self.config, self.setting.add
+        num_groups //= config.rollout.group_shards
         forward, _ = minimum_rows(config.rollout, iteration=iteration, seed=derive_seed(config.seed, iteration)) if self.pairs is None else (0, 0)
         placeholders = int(add(float(assigned.placeholder)))
         if isinstance(assigned, Assignment):
@@ -302,6 +327,12 @@ class DiffusionEngine:
         return sum(least_rows(config, iteration, rollout=num_groups * forward, units=units, idle_rows=idle, placeholders=placeholders))
 
     # --- evaluation and state ---
+
+    @staticmethod
+    def make_evaluator(
+        config: Config, policy: Any, splits: Mapping[str, Sequence[Prompt]], rewards: WeightedRewards, accelerator: Accelerator, num_steps: int, seed: int
+    ) -> Evaluator:
+        return Evaluator(policy, splits, rewards, sigmas=sigmas_of(config.rollout, num_steps, policy), seed=seed, accelerator=accelerator)
 
     def evaluate(self, split: str, number: int, guidance_scale: float, keep: int) -> Evaluation:
         return self.evaluator(split, number, guidance_scale, keep)

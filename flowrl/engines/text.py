@@ -3,58 +3,63 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowrl.config import Config
-from flowrl.data import GroupSampler, load_prompts
-from flowrl.engines.base import Awaited, Data, Setting, gathered_samples, reward_bounds
+from flowrl.data import load_prompts
+from flowrl.engines.base import Awaited, Data, Known, Setting, gathered_samples, reward_bounds
 from flowrl.estimation import Estimator
 from flowrl.reward_metrics import join_scores
 from flowrl.seeds import generator
-from flowrl.statistics import mean_ci95
 from flowrl.text.answers import Answers, measure
 from flowrl.text.credit import CREDITS
+from flowrl.text.evaluation import TextEvaluation, TextEvaluator, on_cpu
 from flowrl.text.factors import FACTORS
 from flowrl.text.objectives import make_objective
 from flowrl.text.parts import Part, make_part
+from flowrl.text.rounds import Drawn, Rounds
+from flowrl.text.samples import sampling_tokens
 from flowrl.text.shaping import SHAPERS
+from flowrl.text.sources import Asked
 from flowrl.text.terms import make_terms
 from flowrl.tracking import replace_file
 from flowrl.types import Completions, Prompt, SampleBatch, Scores, UserError
 from flowrl.updates.base import Update
 from flowrl.updates.tokens import TokenUpdate
-from rewards.composite import Pending
+from rewards.composite import Pending, WeightedRewards
 
 if TYPE_CHECKING:
     from flowrl.policies.causal_lm import CausalLmPolicy
 
-__all__ = ["AssignedAnswers", "SampledAnswers", "TextEngine", "TextEvaluation"]
+__all__ = ["AssignedAnswers", "SampledAnswers", "TextEngine"]
 
 
 @dataclass(frozen=True, slots=True)
 class SampledAnswers:
-    """Answers of this process's groups; see `flowrl.engines.base.RolledOut`. indices: prompt number of each group."""
+    """Answers of this process's groups; see `flowrl.engines.base.RolledOut`. indices: prompt number of each group. drawn: None = all are fresh."""
 
     completions: Completions
     prompts: Sequence[Prompt]
     indices: Sequence[int]
     num_sampled: int
+    drawn: Drawn | None = None
 
     @property
     def group(self) -> Tensor:
-        return self.completions.group
+        return self.completions.group if self.drawn is None else self.drawn.samples.group
 
     @property
     def compared(self) -> Tensor:
-        return self.completions.group
+        return self.group
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,46 +79,6 @@ class AssignedAnswers:
     @property
     def placeholder(self) -> bool:
         return not bool(self.mask.any())
-
-
-@dataclass(frozen=True, slots=True)
-class TextEvaluation:
-    """Scores of one prompt set: prompts and texts length n, reward -> [n] float32, NaN where invalid; the first ``kept`` are written."""
-
-    prompts: Sequence[Prompt]
-    texts: Sequence[str]
-    scores: Mapping[str, Tensor]
-    finished: Tensor
-    kept: int
-    optional: frozenset[str] = frozenset()
-    problems: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-
-    def summary(self, num_prompts: int) -> dict[str, tuple[float, float, int]]:
-        """See `flowrl.engines.base.Evaluated`.
-
-        Raises:
-            UserError: a required reward could score no answer.
-        """
-        out = {}
-        for name, values in self.scores.items():
-            valid = torch.isfinite(values)
-            if not bool(valid.any()):
-                if name in self.optional:
-                    continue
-                reason = self.problems.get(name, {}).get(0, "it gave no reason")
-                raise UserError(f"reward {name} could not score any answer of the evaluation; the first, to '{self.prompts[0].text}': {reason}")
-            clusters = (torch.arange(len(values)) % num_prompts)[valid]
-            out[name] = (*mean_ci95(values[valid], clusters), int(valid.sum()))
-        return out
-
-    def save(self, folder: Path, split: str) -> None:
-        """Write ``<split>.jsonl``: prompts, answers and scores of the first ones."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for i in range(min(self.kept, len(self.texts))):
-            scores = {name: round(v, 6) if math.isfinite(v := values[i].item()) else None for name, values in self.scores.items()}
-            lines.append(json.dumps({"prompt": self.prompts[i].text, "answer": self.texts[i], "scores": scores}, ensure_ascii=False) + "\n")
-        replace_file(folder / f"{split}.jsonl", "".join(lines).encode())
 
 
 class TextEngine:
@@ -136,8 +101,8 @@ class TextEngine:
         self.setting, self.config, self.accelerator = setting, config, setting.accelerator
         self.policy = cast("CausalLmPolicy", setting.policy)
         self.prompts, self.splits = setting.data.prompts, setting.data.splits
-        self.rewards, self.eval_rewards = setting.rewards, setting.eval_rewards
-        self.sampler = GroupSampler(len(self.prompts), config.rollout.groups_per_iteration, config.seed)
+        self.rewards = setting.rewards
+        self.evaluator = self.make_evaluator(config, self.policy, self.splits, setting.eval_rewards, self.accelerator, 1, config.evaluation.seed)
         self.estimator = Estimator(config.advantage, setting.add, reward_bounds(config, self.rewards))
         self.shapers = [make_part("shaping", SHAPERS, part.name, part.args) for part in config.shaping]
         self.credit = make_part("token_credit", CREDITS, config.token_credit.name, config.token_credit.args)
@@ -147,30 +112,52 @@ class TextEngine:
         self.policy.check_generation(config.generation)
         for prompts in (self.prompts, *self.splits.values()):  # one that does not fit is an error now
             self.policy.encode(prompts, config.generation)
+        self.rounds = Rounds(self, self.estimator.bounds)
 
     @property
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {"credit": self.credit, "objective": self.objective}
         parts |= {f"shaping/{i}": part for i, part in enumerate(self.shapers)}
         parts |= {f"factor/{i}": part for i, part in enumerate(self.factors)}
-        return parts | {f"term/{term.name}": term for term in self.terms}
+        return parts | {f"term/{term.name}": term for term in self.terms} | self.rounds.parts
 
     def groups(self, iteration: int) -> list[int]:
-        return self.sampler.groups(iteration - 1)
+        return self.rounds.groups(iteration)
 
     # --- sampling ---
 
     def roll_out(self, prompts: list[Prompt], indices: list[int], numbers: list[int], iteration: int) -> tuple[SampledAnswers, Sequence[Awaited]]:
-        counts = [self.config.rollout.group_size] * len(prompts)
+        if not self.rounds.plain:
+            drawn = self.rounds.draw(Asked(prompts, indices, numbers, iteration))
+            return SampledAnswers(drawn.samples.completions, prompts, indices, drawn.answers, drawn), [Known(dict(drawn.samples.scores))]
+        counts = self.rounds.counts(numbers)
         generators = [generator(self.config.seed, "tokens", iteration, g) for g in numbers]
         completions = self.sample(prompts, counts, generators)
         return SampledAnswers(completions, prompts, indices, len(completions)), [self.score(prompts, completions)]
 
     def sample(self, prompts: Sequence[Prompt], counts: Sequence[int], generators: Sequence[torch.Generator]) -> Completions:
         """Answers to prompts by the policy that samples, on the CPU."""
+        with self.phase():
+            return self.generate(prompts, counts, generators)
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        """See `flowrl.text.sources.Sampler`, whose methods these are."""
         with self.setting.sampling(), self.policy.in_step():
-            found = self.policy.generate(self.policy.encode(prompts), counts, self.config.generation, generators)
-        return on_cpu(found)
+            yield
+
+    def generate(self, prompts: Sequence[Prompt], counts: Sequence[int], generators: Sequence[torch.Generator], **more: Any) -> Completions:
+        return on_cpu(self.policy.generate(self.policy.encode(prompts), counts, self.config.generation, generators, **more))
+
+    def scored(self, prompts: Sequence[Prompt], completions: Completions, group: Tensor) -> dict[str, Scores]:
+        return self.rewards.submit(SampleBatch([prompts[g] for g in group.tolist()], texts=completions.texts, group=group)).result()
+
+    def gather(self, value: Any) -> list[Any]:
+        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes
 
     def score(self, prompts: Sequence[Prompt], completions: Completions) -> Pending:
         """Let the rewards look at answers."""
@@ -180,8 +167,8 @@ class TextEngine:
     def keep(
         self, iteration: int, rolled_out: SampledAnswers, scores: dict[str, Scores], prompts: Sequence[Prompt], numbers: Sequence[int]
     ) -> tuple[int, list[dict[str, Any]]]:
-        c = rolled_out.completions
-        shown, group = [prompts[g] for g in c.group.tolist()], torch.tensor(numbers)[c.group]
+        c, group = rolled_out.completions, rolled_out.group
+        shown, group = [prompts[g] for g in group.tolist()], torch.tensor(numbers)[group]
         every, texts, numbered, joined = gathered_samples(self.accelerator, shown, c.texts, group, scores)
         lines = []
         for i, (prompt, text) in enumerate(zip(every, texts, strict=True)):
@@ -206,8 +193,8 @@ class TextEngine:
         numbers: Sequence[int],
         iteration: int,
     ) -> Answers:
-        total, c = scores["total"], rolled_out.completions
-        return Answers(
+        total, c, drawn = scores["total"], rolled_out.completions, rolled_out.drawn
+        answers = Answers(
             config=self.config,
             completions=c,
             prompts=rolled_out.prompts,
@@ -222,7 +209,11 @@ class TextEngine:
             train=torch.ones(len(c), dtype=torch.bool),
             policy=self.policy,
             add=self.setting.add,
+            gather=self.gather,
         )
+        if drawn is not None:
+            drawn.into(answers)
+        return answers
 
     def assign(
         self,
@@ -241,6 +232,7 @@ class TextEngine:
             needs |= {"log_prob", "reference"}
         if self.config.generation.engine != "transformers" or self.config.generation.importance not in (None, "none"):
             needs |= {"log_prob"}
+        self.rounds.observe(answers)
         measure(answers, sorted(needs))
         assigned = self._assign(answers, self.credit, self.estimator)
         return assigned, self._metrics(answers)
@@ -310,6 +302,8 @@ class TextEngine:
             mask=assigned.mask,
             factor=assigned.factor,
         )
+        if rolled_out.drawn is not None:
+            update.know(rolled_out.drawn.samples.old, rolled_out.drawn.samples.known)
         return update, {}
 
     def finish(self, assigned: AssignedAnswers) -> None:
@@ -320,8 +314,8 @@ class TextEngine:
         """Tokens: every prompt once for its group, every sampled token but the last of an answer; and whole answers, with their prompts, for each pass."""
         answers, o = assigned.answers, self.config.objective
         prompt = torch.tensor([len(tokens) for tokens in answers.completions.prompt_tokens], dtype=torch.int64)
-        whole = prompt[answers.group] + answers.completions.length - 1
-        sampled = int(prompt.sum()) + int((answers.completions.length - 1).clamp_min(0).sum())
+        whole = prompt[answers.completions.group] + answers.completions.length - 1
+        sampled = answers.extra.get("sampling_tokens", sampling_tokens(answers.completions))
         trained = int(whole[assigned.mask.any(1)].sum())
         passes = sum(1 for name in ("log_prob", "reference") if name in answers.measured) * int(whole.sum())
         later = int(whole[answers.extra["later"]].sum()) if "later" in answers.extra else 0
@@ -333,57 +327,23 @@ class TextEngine:
 
     # --- evaluation and state ---
 
+    @staticmethod
+    def make_evaluator(
+        config: Config, policy: Any, splits: Mapping[str, Sequence[Prompt]], rewards: WeightedRewards, accelerator: Accelerator, num_steps: int, seed: int
+    ) -> TextEvaluator:
+        return TextEvaluator(policy, splits, rewards, config.generation, greedy=config.evaluation.greedy, seed=seed, accelerator=accelerator)
+
     def evaluate(self, split: str, number: int, guidance_scale: float, keep: int) -> TextEvaluation:
-        """Answer i always has prompt i mod (number of prompts) and the same random numbers, whatever the policy, batch size and number of processes."""
-        every, config = self.splits[split], self.config
-        prompts = [every[i % len(every)] for i in range(number)]
-        rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.policy.rows_per_forward
-        mine = list(range(rank, number, world))
-        found: list[tuple[int, str, bool, dict[str, float], dict[str, str]]] = []
-        for start in range(0, len(mine), size):
-            chunk = mine[start : start + size]
-            asked = [prompts[i] for i in chunk]
-            generators = [generator("eval", config.evaluation.seed, split, i) for i in chunk]
-            with self.policy.in_step():
-                c = on_cpu(self.policy.generate(self.policy.encode(asked), [1] * len(chunk), config.generation, generators, greedy=config.evaluation.greedy))
-            scores = self.eval_rewards.score(SampleBatch(asked, texts=c.texts, group=torch.tensor(chunk) % len(every)))
-            for j, i in enumerate(chunk):
-                values = {name: scores[name].values[j].item() for name in self.eval_rewards.names}
-                problems = {name: scores[name].problems[j] for name in self.eval_rewards.names if j in scores[name].problems}
-                found.append((i, c.texts[j], bool(c.finished[j]), values, problems))
-        if world > 1:
-            found = gather_object(found)
-        found.sort(key=lambda item: item[0])
-        self.eval_rewards.rest()
-        by_name = {name: torch.tensor([row[3][name] for row in found]) for name in self.eval_rewards.names}
-        problems_by_name = {name: {row[0]: row[4][name] for row in found if name in row[4]} for name in by_name}
-        finished = torch.tensor([row[2] for row in found])
-        return TextEvaluation(prompts, [row[1] for row in found], by_name, finished, keep, self.eval_rewards.optional, problems_by_name)
+        return self.evaluator(split, number, guidance_scale, keep)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"estimator": self.estimator.state_dict(), "parts": {name: part.state_dict() for name, part in self._parts.items()}}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"estimator": self.estimator.state_dict(), "parts": parts, "rounds": self.rounds.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.estimator.load_state_dict(state["estimator"])
+        self.rounds.load_state_dict(state["rounds"])
         for name, part in self._parts.items():
             if name not in state["parts"]:
                 raise UserError(f"the checkpoint and the config disagree on whether there is a {name.partition('/')[0]}")
             part.load_state_dict(state["parts"][name])
-
-
-def on_cpu(completions: Completions) -> Completions:
-    """Where rewards are, and what the trainer keeps."""
-    c = completions
-    return Completions(
-        prompt_tokens=tuple(tokens.cpu() for tokens in c.prompt_tokens),
-        tokens=c.tokens.cpu(),
-        mask=c.mask.cpu(),
-        length=c.length.cpu(),
-        group=c.group.cpu(),
-        finished=c.finished.cpu(),
-        log_prob=c.log_prob.cpu(),
-        texts=c.texts,
-        turn=None if c.turn is None else c.turn.cpu(),
-        ancestors=None if c.ancestors is None else c.ancestors.cpu(),
-        forward_tokens=c.forward_tokens,
-    )

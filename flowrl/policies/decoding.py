@@ -104,7 +104,7 @@ class _Order:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Room for what is said, [B, max_new_tokens] and [B]."""
+    """Room for what is said, [B, max_new_tokens] and [B], on the CPU."""
 
     tokens: Tensor
     log_prob: Tensor
@@ -144,10 +144,10 @@ def generate(
     uniform = None
     if not greedy and total:
         drawn = [torch.rand(count, longest, generator=own, dtype=torch.float64) for own, count in zip(generators, counts, strict=True)]
-        uniform = torch.cat(drawn).to(model.device)
+        uniform = torch.cat(drawn)
     answers = _Answers(
-        torch.full((total, longest), model.pad, device=model.device),
-        torch.zeros(total, longest, device=model.device),
+        torch.full((total, longest), model.pad),
+        torch.zeros(total, longest),
         torch.tensor([len(start) for start in starts], dtype=torch.int64),
         torch.zeros(total, dtype=torch.bool),
     )
@@ -174,12 +174,12 @@ def generate(
     said = [row[:length] for row, length in zip(tokens.tolist(), answers.length.tolist(), strict=True)]
     return Completions(
         prompt_tokens=tuple(order.prompts),
-        tokens=tokens,
+        tokens=tokens.to(model.device),
         mask=mask.to(model.device),
         length=answers.length.to(model.device),
         group=torch.tensor(group, dtype=torch.int64, device=model.device),
         finished=answers.finished.to(model.device),
-        log_prob=log_prob,
+        log_prob=log_prob.to(model.device),
         texts=tuple(model.decode(said)),
         forward_tokens=model.counted() - before,
     )
@@ -264,57 +264,53 @@ def _pick(batch: _Batch, rows: list[int], present: int) -> None:
 
 def _say(model: DecodingModel, order: _Order, rows: slice, answers: _Answers) -> None:
     """Fill in the answers of some rows."""
-    settings, device = order.settings, model.device
+    most = order.settings.max_new_tokens
     batch = _begin(model, order, rows)
-    said = [start.tolist() for start in order.prefix[rows]]
-    size = len(said)
-    tokens, log_prob = torch.full((size, settings.max_new_tokens), model.pad, device=device), torch.zeros(size, settings.max_new_tokens, device=device)
-    for row, start in enumerate(said):
-        tokens[row, : len(start)] = torch.tensor(start, device=device, dtype=torch.int64)
-    uniform = None if order.uniform is None else order.uniform[rows]
-    ends = torch.tensor(sorted(model.ends), dtype=torch.int64, device=device)
-    place = torch.tensor([len(start) for start in said], device=device)
-    present = torch.arange(size, device=device)  # the answer of each row of the batch
-    is_finished = [False] * size
-    is_live = [True] * size
+    said: list[list[int]] = [start.tolist() for start in order.prefix[rows]]
+    log_prob = [[0.0] * len(text) for text in said]
+    finished = [False] * len(said)
+    live = [True] * len(said)
+    present = list(range(len(said)))  # the answer of each row of the batch
     while True:
-        log_p = (batch.logits / settings.temperature).log_softmax(-1)
-        allowed = log_p
-        if settings.min_new_tokens:
-            early = (place[present] < settings.min_new_tokens)[:, None]
-            allowed = torch.where(early, log_p.index_fill(-1, ends, -math.inf), log_p)
-        if uniform is None:
-            token = allowed.argmax(-1)
-        else:
-            token = inverse_cdf(filtered(allowed, settings), uniform[present, place[present].clamp_max(settings.max_new_tokens - 1)])
-        numbers = present.tolist()
-        drawn = token.tolist()
-        live_rows = [row for row, number in enumerate(numbers) if is_live[number]]
-        index = torch.tensor(live_rows, device=device)
-        living = present[index]
-        tokens[living, place[living]] = token[index]
-        log_prob[living, place[living]] = log_p[index].gather(-1, token[index][:, None])[:, 0]
-        place[living] += 1
-        for row in live_rows:
-            number = numbers[row]
-            said[number].append(drawn[row])
-        stopped = _stopped(model, settings, [numbers[row] for row in live_rows], said)
-        for row in live_rows:
-            number = numbers[row]
-            is_finished[number] = drawn[row] in model.ends or number in stopped
-            is_live[number] = not is_finished[number] and len(said[number]) < settings.max_new_tokens
-        left = [row for row in live_rows if is_live[numbers[row]]]
+        token, value = _draw(batch.logits, order, rows.start, present, [len(said[number]) for number in present], model.ends)
+        drawn, values = token.tolist(), value.tolist()
+        speaking = [row for row, number in enumerate(present) if live[number]]
+        for row in speaking:
+            said[present[row]].append(drawn[row])
+            log_prob[present[row]].append(values[row])
+        stopped = _stopped(model, order.settings, [present[row] for row in speaking], said)
+        for row in speaking:
+            number = present[row]
+            finished[number] = drawn[row] in model.ends or number in stopped
+            live[number] = not finished[number] and len(said[number]) < most
+        left = [row for row in speaking if live[present[row]]]
         if not left:
             break
-        if len(left) <= _KEEP_SHARE * len(numbers):
-            index = torch.tensor(left, device=device)
-            batch.select(index)
-            present, token, left = present[index], token[index], list(range(len(left)))
-        live = torch.zeros(len(present), dtype=torch.bool, device=device)
-        live[torch.tensor(left, device=device)] = True
-        batch.advance(token, live, len(left))
-    answers.tokens[rows], answers.log_prob[rows] = tokens, log_prob
-    answers.length[rows], answers.finished[rows] = place.cpu(), torch.tensor(is_finished)
+        if len(left) <= _KEEP_SHARE * len(present):
+            batch.select(torch.tensor(left, device=model.device))
+            token, present = token[torch.tensor(left, device=model.device)], [present[row] for row in left]
+        batch.advance(token, torch.tensor([live[number] for number in present], device=model.device), len(left))
+    for number, (text, each) in enumerate(zip(said, log_prob, strict=True)):
+        answers.tokens[rows.start + number, : len(text)] = torch.tensor(text)
+        answers.log_prob[rows.start + number, : len(text)] = torch.tensor(each)
+    answers.length[rows], answers.finished[rows] = torch.tensor([len(text) for text in said]), torch.tensor(finished)
+
+
+def _draw(logits: Tensor, order: _Order, start: int, present: list[int], places: list[int], ends: Collection[int]) -> tuple[Tensor, Tensor]:
+    """Tokens [R] at their places in the answers, and their log-probabilities [R] before anything is ruled out."""
+    settings = order.settings
+    log_p = (logits / settings.temperature).log_softmax(-1)
+    allowed = log_p
+    if any(place < settings.min_new_tokens for place in places):
+        early = torch.tensor([place < settings.min_new_tokens for place in places], device=logits.device)
+        none = log_p.index_fill(-1, torch.tensor(sorted(ends), dtype=torch.int64, device=logits.device), -math.inf)
+        allowed = torch.where(early[:, None], none, log_p)
+    if order.uniform is None:
+        token = allowed.argmax(-1)
+    else:
+        where = torch.tensor([[start + number, min(place, settings.max_new_tokens - 1)] for number, place in zip(present, places, strict=True)])
+        token = inverse_cdf(filtered(allowed, settings), order.uniform[where[:, 0], where[:, 1]].to(logits.device))
+    return token, log_p.gather(-1, token[:, None])[:, 0]
 
 
 def _stopped(model: DecodingModel, settings: GenerationConfig, numbers: list[int], said: list[list[int]]) -> set[int]:

@@ -9,9 +9,9 @@ Letters: N positions, H hidden size, V vocabulary, n samples, T tokens of the lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ COLUMNS: dict[str, str] = {
     "hidden": "[n, T, H], the output head's input; with gradient",
 }
 """What can be asked for beside log-probabilities, each [n, T] but for the last two."""
+_SCALARS = ("log_prob", "entropy", "square_sum", "mean_log_prob")
 _CHUNK_ELEMENTS = 2**24
 
 
@@ -112,26 +113,54 @@ def token_statistics(
     return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def _statistics(logits: Tensor, target: Tensor, names: Collection[str], kappa: float) -> tuple[Tensor, ...]:
-    total = logits.logsumexp(-1)
-    centred = logits - total[:, None] if {"entropy", "distribution"} & set(names) else logits
+def _statistics(logits: Tensor, target: Tensor, names: Sequence[str], kappa: float) -> tuple[Tensor, ...]:
+    scalars = tuple(name for name in names if name in _SCALARS)
+    found = dict(zip(scalars, _Scalars.apply(logits, target, scalars), strict=True))
+    if "min_p" in names:
+        found["min_p"] = _min_p(logits.detach(), target, kappa)
+    if "distribution" in names:
+        found["distribution"] = logits.log_softmax(-1)
+    return tuple(found[name] for name in names)
 
-    def column(name: str) -> Tensor:
-        match name:
-            case "log_prob":
-                return _at(logits, target) - total
-            case "entropy":
-                return -(centred.exp() * centred).sum(-1)
-            case "square_sum":
-                return ((2 * logits).logsumexp(-1) - 2 * total).exp()
-            case "mean_log_prob":
-                return logits.mean(-1) - total
-            case "min_p":
-                return _min_p(logits.detach(), target, kappa)
-            case _:
-                return centred
 
-    return tuple(column(name) for name in names)
+class _Scalars(torch.autograd.Function):
+    """Columns [n] of `_SCALARS` and their gradient by the logits [n, V], which is made in three tensors of their size; autograd would fill a dozen.
+
+    With l the log-softmax and p = e^l, the gradients of log_prob, entropy E, square_sum S and mean_log_prob by a logit are
+    1{target} - p, -p (l + E), 2 p (p - S) and 1/V - p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        total = logits.logsumexp(-1)
+        found = {"log_prob": _at(logits, target) - total}
+        if "mean_log_prob" in names:
+            found["mean_log_prob"] = logits.mean(-1) - total
+        if "entropy" in names or "square_sum" in names:
+            log_p = logits - total[:, None]
+            p = log_p.exp()
+            found |= {"entropy": -torch.linalg.vecdot(p, log_p), "square_sum": torch.linalg.vecdot(p, p)}
+        ctx.names = names
+        ctx.save_for_backward(logits, target, total, *(found[name] for name in names))
+        return tuple(found[name] for name in names)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, total, *values = ctx.saved_tensors
+        by = {name: gradient[:, None] for name, gradient in zip(ctx.names, gradients, strict=True)}
+        value = {name: one[:, None] for name, one in zip(ctx.names, values, strict=True)}
+        log_p = logits - total[:, None]
+        p = log_p.exp()
+        row = by["log_prob"] + by.get("mean_log_prob", 0.0)
+        factor = None  # of p, in the place of log_p
+        if "entropy" in by:
+            factor = log_p.add_(value["entropy"]).mul_(-by["entropy"])
+        if "square_sum" in by:
+            factor = (log_p.zero_() if factor is None else factor).addcmul_(p - value["square_sum"], by["square_sum"], value=2)
+        found = p.mul_(-row if factor is None else factor.sub_(row)).scatter_add_(1, target[:, None], by["log_prob"])
+        if "mean_log_prob" in by:
+            found += by["mean_log_prob"] / logits.shape[-1]
+        return found, None, None
 
 
 def _min_p(logits: Tensor, target: Tensor, kappa: float) -> Tensor:

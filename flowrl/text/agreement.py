@@ -21,7 +21,7 @@ __all__ = ["only_of_text", "token_disagreements"]
 _TOKEN_KL: tuple[str, ...] = get_args(KlKind)
 _OF_PICTURES = ("credit", "selection", "matching", "anchor", "direct", "layer_tuning")
 _OF_STEPS = (("step_weight", "none"), ("dynamic_clip", 0.0))
-_OF_TEXT = ("generation", "token_credit", "tokens", "entropy", "value")
+_OF_TEXT = ("generation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial")
 _USED_OF_ROLLOUT = ("groups_per_iteration", "group_size")
 _SQUARED = ("reg_grpo", "gvpo", "rover")
 """Squared losses, which have no bounds to clip."""

@@ -32,6 +32,9 @@ class Answers:
         rewards: [B] float64, the total, as shaping leaves it; anything where not valid.
         valid: [B] bool, False where an answer has no reward. train: [B] bool, False where an answer is not trained.
         in_statistics: [B] bool, False for answers put in from elsewhere that are compared with the others and not they with it; None = all.
+        compared: [B] int64 in 0..P-1, the group of each answer; None = that of the completions, which say in whose context an answer is trained.
+        origin: [B] int64, where each answer comes from, see flowrl/text/samples.py; None = the policy has given all of them now.
+        gather: values of all processes as a list; every process must call it.
         measured: what policies say of every token, [B, T] float32 on the CPU, by name: "log_prob", "entropy", ..., and "reference" for the reference's
             log-probabilities; see `measure`.
         extra: what parts leave for each other, such as success rates or turn rewards.
@@ -54,6 +57,9 @@ class Answers:
     policy: CausalLmPolicy
     add: Callable[[float], float]
     in_statistics: Tensor | None = None
+    compared: Tensor | None = None
+    origin: Tensor | None = None
+    gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
     measured: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -64,7 +70,7 @@ class Answers:
     @property
     def group(self) -> Tensor:
         """[B] int64 in 0..P-1."""
-        return self.completions.group
+        return self.completions.group if self.compared is None else self.compared
 
     @property
     def num_groups(self) -> int:

@@ -1,4 +1,4 @@
-"""From rewards of answers to advantages of tokens. A new credit is a class here, or in a file of its own, and a line in the table.
+"""From rewards of answers to advantages of tokens: the table. A new credit is a class in a file of its own, and a line in the table.
 
 Letters: B answers, T tokens.
 """
@@ -6,44 +6,19 @@ Letters: B answers, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from flowrl.core.regularizers import kl_in_reward
-from flowrl.core.token_advantages import masked_moments, outcome_rewards, token_returns, whiten
+from flowrl.core.token_advantages import masked_moments, token_returns, whiten
 from flowrl.estimation import Estimator
+from flowrl.text.advantages import Credit, sample_advantages, summed_moments, token_rewards
 from flowrl.text.answers import Answers
-from flowrl.text.parts import Part, Stateless
+from flowrl.text.bundles import ConsistencyCredit, RiskCredit
+from flowrl.text.parts import Stateless
+from flowrl.text.steps import StepGate
+from flowrl.text.value import GaeCredit
 
 __all__ = ["CREDITS", "Credit", "sample_advantages", "summed_moments"]
-
-
-class Credit(Part, Protocol):
-    """Advantages of an iteration, before the clamp."""
-
-    def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
-        """[B] or [B, T] float64; 0 where not valid."""
-        ...
-
-
-def sample_advantages(answers: Answers, estimator: Estimator) -> Tensor:
-    """[B] float64: the run's centre and scale of the shaped rewards."""
-    return estimator(
-        answers.shaped(),
-        answers.shaped_everywhere(),
-        answers.group,
-        answers.num_groups,
-        prompts=answers.prompt_key,
-        lengths=answers.lengths,
-        stats_mask=answers.in_statistics,
-    )
-
-
-def summed_moments(answers: Answers) -> Callable[[Tensor], Tensor]:
-    """For `masked_moments`: a tensor summed over processes."""
-    return lambda value: torch.tensor([answers.add(float(v)) for v in value.flatten()], dtype=value.dtype).view_as(value)
 
 
 class AnswerCredit(Stateless):
@@ -77,14 +52,11 @@ class TokenReturns(Stateless):
         return whiten(returns, counted, moments=masked_moments(returns, counted, add=summed_moments(answers)))
 
 
-def token_rewards(answers: Answers, outcome: Tensor) -> Tensor:
-    """[B, T] float64: the outcome [B] at the last token, less the price of each token's distance to the reference where `kl.place` is reward."""
-    rewards = outcome_rewards(outcome, answers.mask)
-    kl = answers.config.kl
-    if kl.weight > 0 and kl.place == "reward":
-        old, reference = answers.token("log_prob"), answers.token("reference")
-        rewards = kl_in_reward(rewards, old.double(), reference.double(), answers.mask, beta=kl.weight)
-    return rewards
-
-
-CREDITS: dict[str, Callable[..., Credit]] = {"answer": AnswerCredit, "token_returns": TokenReturns}
+CREDITS: dict[str, Callable[..., Credit]] = {
+    "answer": AnswerCredit,
+    "token_returns": TokenReturns,
+    "gae": GaeCredit,
+    "risk": RiskCredit,
+    "consistency": ConsistencyCredit,
+    "step_gate": StepGate,
+}

@@ -72,5 +72,6 @@ def _later_rows(config: Config, num_groups: int) -> int:
     if config.likelihood == "transition" or not takes_ratio(config) or off_policy or updates == 1:
         return 0
     size = 1 if config.matching.combine == "exp_first" else config.matching.num_times  # rows that are dealt out together
-    dealt = config.rollout.group_size * config.matching.num_times // size
-    return size * sum(dealt - len(range(-number % updates, dealt, updates)) for number in range(num_groups))
+    shards = config.rollout.group_shards
+    dealt = config.rollout.group_size // shards * config.matching.num_times // size
+    return size * sum(dealt - len(range(-number % updates, dealt, updates)) for number in range(num_groups * shards))

@@ -68,6 +68,11 @@ class TokenUpdate:
             self.old, self.known = answers.measured["log_prob"], torch.ones_like(self.known)
         self.meters = Meters([], ratio=True, extra=[term.name for term in terms])
 
+    def know(self, old: Tensor, known: Tensor) -> None:
+        """Old log-probabilities [B, T] of answers [B] bool that another policy than the one at the start of this iteration has sampled."""
+        self.old = torch.where(known[:, None], old, self.old)
+        self.known = self.known | known
+
     def rows_of(self, units: Tensor) -> Tensor:
         """The answers of some units, [n] int64."""
         return torch.cat([self.members[unit] for unit in units.tolist()]) if len(units) else torch.zeros(0, dtype=torch.int64)
@@ -99,8 +104,8 @@ class TokenUpdate:
         rows, answers = self.rows_of(units), self.answers
         out = self.policy.token_output(answers.completions, rows, columns=self.columns, temperature=self.config.generation.temperature)
         place, device = rows, out.log_prob.device
-        if not bool(self.known[rows].all()):  # the first update: the policy is still the one that sampled
-            self._remember(rows, out.log_prob)
+        if not bool((known := self.known[rows]).all()):  # the first update: the policy is still the one that sampled
+            self._remember(rows[~known], out.log_prob[~known])
         group, num_groups = renumbered(answers.group[rows])
         decisions = Decisions(out.log_prob, self.old[place].to(device), self.advantages[place].to(device), self.mask[place].to(device))
         batch = Batch(answers, rows, out, decisions, group, num_groups, first)

@@ -1,0 +1,346 @@
+"""Agents: episodes of several turns in an environment as the answers of a group, and credit of their turns (GiGPO, IGPO, SALT).
+
+Letters: B episodes, T tokens, S turns of the longest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowrl.config import Config
+from flowrl.core.agent_credit import gigpo, merged_advantages, turn_advantages, turn_gains
+from flowrl.core.token_advantages import steps_to_decisions
+from flowrl.environments import Actions, Environment, Episodes, load_environment, run_episodes
+from flowrl.environments.base import Step
+from flowrl.estimation import Estimator
+from flowrl.seeds import derive_seed, generator
+from flowrl.text.advantages import sample_advantages
+from flowrl.text.answers import Answers
+from flowrl.text.parts import Stateless
+from flowrl.text.rolled import Rolled
+from flowrl.types import Completions, Prompt, UserError
+
+if TYPE_CHECKING:
+    from flowrl.policies.causal_lm import CausalLmPolicy
+
+__all__ = ["EpisodeRollout", "GigpoCredit", "IgpoCredit", "SaltCredit"]
+
+_MARK = "\u241e"  # stands for an answer where the chat template is looked at
+
+
+class _Seeded:
+    """An environment whose randomness follows from a seed of its own, not from its place among the episodes of a process."""
+
+    def __init__(self, environment: Environment, seed: int) -> None:
+        self._environment, self._seed = environment, seed
+
+    @property
+    def success(self) -> bool:
+        return self._environment.success
+
+    @property
+    def answer(self) -> str:
+        return str(getattr(self._environment, "answer", ""))
+
+    def reset(self, prompt: Prompt, seed: int) -> str:
+        return self._environment.reset(prompt, self._seed)
+
+    def step(self, action: str) -> Step:
+        return self._environment.step(action)
+
+    def copy(self) -> Any:
+        return type(self)(self._environment.copy(), self._seed)
+
+
+class _Speaker:
+    """The policy in episodes: contexts -> actions. It keeps in mind which episode a context belongs to, so that its random numbers are that episode's.
+
+    Args:
+        owners: (group, member) of each episode, in their order. draw: generator of a group's first turn (member None), or of an episode's later one.
+    """
+
+    def __init__(
+        self, policy: CausalLmPolicy, config: Config, owners: Sequence[tuple[int, int]], draw: Callable[[int, int | None, int], torch.Generator], greedy: bool
+    ) -> None:
+        self.policy, self.config, self.draw, self.greedy = policy, config, draw, greedy
+        self.sampled, self._turn = 0, 0
+        self._said: list[tuple[tuple[int, int], list[int]]] = [(owner, []) for owner in owners]
+
+    def __call__(self, contexts: list[Tensor]) -> Actions:
+        known = [context.tolist() for context in contexts]
+        owners = self._owners(known)
+        if self._turn == 0:
+            numbers = list(dict.fromkeys(group for group, _ in owners))
+            prompts = [contexts[[group for group, _ in owners].index(number)] for number in numbers]
+            counts = [sum(group == number for group, _ in owners) for number in numbers]
+            draws = [self.draw(number, None, 0) for number in numbers]
+        else:
+            prompts, counts, draws = contexts, [1] * len(contexts), [self.draw(*owner, self._turn) for owner in owners]
+        found = self.policy.generate(prompts, counts, self.config.generation, draws, greedy=self.greedy)
+        lengths = found.length.tolist()
+        self.sampled += sum(map(len, prompts)) + sum(length - 1 for length in lengths)
+        tokens, log_probs = found.tokens.cpu(), found.log_prob.cpu()
+        said = [tokens[row, :length] for row, length in enumerate(lengths)]
+        self._said = [(owner, context + action.tolist()) for owner, context, action in zip(owners, known, said, strict=True)]
+        self._turn += 1
+        return Actions(said, [log_probs[row, :length] for row, length in enumerate(lengths)], found.finished.cpu())
+
+    def _owners(self, contexts: Sequence[list[int]]) -> list[tuple[int, int]]:
+        """Those that are still there, in their order: a context goes on from what its episode had said."""
+        rest = iter(self._said)
+        found = []
+        for context in contexts:
+            owner, before = next(rest)
+            while context[: len(before)] != before:
+                owner, before = next(rest)
+            found.append(owner)
+        return found
+
+
+class EpisodeRollout(Stateless):
+    """Episodes of the run's environment as answers. Their own reward, the sum of their steps', stands in the metadata ``episode_reward`` of the prompts that
+    rewards see; the reward ``episode`` reads it. The episodes of a group begin in the same state.
+
+    Raises:
+        UserError: the environment cannot be made or used with a prompt, or an episode would not fit into the model's context.
+    """
+
+    def __init__(self, config: Config, policy: CausalLmPolicy) -> None:
+        assert config.environment is not None
+        self.config, self.policy, self.settings = config, policy, config.environment
+        self.make = load_environment(self.settings.name, self.settings.args)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Before any work starts."""
+        check: Callable[[Sequence[Prompt]], None] | None = getattr(self.make(), "check_prompts", None)
+        if check is not None:
+            check(prompts)
+        longest = max(map(len, self.policy.encode(prompts)))
+        needed = longest + self.settings.max_tokens + self.config.generation.max_new_tokens
+        if self.policy.context is not None and needed > self.policy.context:
+            raise UserError(
+                f"environment.max_tokens: a prompt of {longest} tokens, {self.settings.max_tokens} of an episode and generation.max_new_tokens, "
+                f"{self.config.generation.max_new_tokens}, are more than the model's context of {self.policy.context}; lower one of them"
+            )
+
+    def groups(self, fresh: list[int]) -> list[int]:
+        """As they come."""
+        return fresh
+
+    def meet(self) -> None:
+        """Nothing is shared."""
+
+    def __call__(self, prompts: Sequence[Prompt], indices: Sequence[int], numbers: Sequence[int], iteration: int) -> Rolled:
+        seed, counts = self.config.seed, [self.config.rollout.group_size] * len(prompts)
+
+        def draw(group: int, member: int | None, turn: int) -> torch.Generator:
+            return generator(seed, "tokens", iteration, numbers[group], *(() if member is None else (member, turn)))
+
+        return self.play(prompts, counts, [derive_seed(seed, "environment", iteration, number) for number in numbers], draw)
+
+    def play(
+        self,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        seeds: Sequence[int],
+        draw: Callable[[int, int | None, int], torch.Generator],
+        *,
+        greedy: bool = False,
+    ) -> Rolled:
+        """Episodes. seeds: of each prompt's environment."""
+        owners = [(group, member) for group, count in enumerate(counts) for member in range(count)]
+        speaker = _Speaker(self.policy, self.config, owners, draw, greedy)
+        begun = iter(owners)
+
+        def make() -> Environment:
+            group, _ = next(begun)
+            made = self.make()
+            named = type(type(made).__name__, (_Seeded,), {})  # messages name the environment by its class
+            seeded: Environment = named(made, seeds[group])
+            return seeded
+
+        episodes = run_episodes(
+            make,
+            prompts,
+            counts,
+            speaker,
+            self._reply,
+            lambda tokens: self.policy.decode([tokens])[0],
+            self.settings.max_turns,
+            seed=0,
+            max_tokens=self.settings.max_tokens,
+            pad_token=self.policy.pad,
+            encode_prompt=self._prompt,
+        )
+        totals, groups = episodes.rewards.tolist(), episodes.completions.group.tolist()
+        shown = [replace(prompts[g], metadata={**prompts[g].metadata, "episode_reward": total}) for g, total in zip(groups, totals, strict=True)]
+        return Rolled(episodes.completions, speaker.sampled, shown, {"episodes": episodes})
+
+    def _prompt(self, prompt: Prompt, observation: str) -> list[int]:
+        """Tokens of a prompt and the first thing that the environment says."""
+        if observation:
+            messages = prompt.metadata.get("messages")
+            if messages is not None:
+                last = {**messages[-1], "content": f"{messages[-1]['content']} {observation}"}
+                prompt = replace(prompt, metadata={**prompt.metadata, "messages": [*messages[:-1], last]})
+            prompt = replace(prompt, text=f"{prompt.text} {observation}")
+        found: list[int] = self.policy.encode([prompt])[0].tolist()
+        return found
+
+    def _reply(self, observation: str) -> list[int]:
+        """Tokens of what the environment says, and of what stands between it and the agent's words."""
+        from flowrl.policies.language_models import rendered  # transformers takes seconds to import
+
+        if not observation:
+            return []
+        tokenizer = self.policy.tokenizer
+        ends: list[int] = []
+        if self.settings.reply is not None:
+            text = self.settings.reply.replace("{observation}", observation)
+        elif tokenizer.chat_template is None:
+            text = f"\n{observation}\n"
+        else:
+            messages = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}, {"role": "user", "content": observation}]
+            text, ends = rendered(tokenizer, messages).rpartition(_MARK)[2], sorted(self.policy.ends)
+        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens[1:] if tokens and tokens[0] in ends and not self.config.generation.stop else tokens  # the agent has said its end token
+
+
+def _episodes(answers: Answers) -> tuple[Episodes, Tensor]:
+    """The iteration's episodes, and the turn of each token."""
+    found: Episodes = answers.extra["episodes"]
+    turn = answers.completions.turn
+    assert turn is not None
+    return found, turn
+
+
+class GigpoCredit(Stateless):
+    """GiGPO (arXiv:2505.10978): the episode compared with its group, and each turn with those of the group from the same state, see `gigpo`.
+
+    `advantage.scale` says whether both parts are divided by their spread (group_std) or not (none); eps, ddof and singleton are those of `advantage`.
+
+    Args:
+        gamma: discount of the steps' rewards, in (0, 1]. weight: of the turns' part, >= 0.
+        episode_over: what the episodes' statistics count; steps lets long episodes weigh more.
+    """
+
+    def __init__(self, gamma: float = 0.95, weight: float = 1.0, episode_over: Literal["trajectories", "steps"] = "trajectories") -> None:
+        if not 0 < gamma <= 1 or weight < 0:
+            raise ValueError(f"gamma is {gamma:g} and weight {weight:g}; a discount is in (0, 1], and a weight not negative")
+        if episode_over not in ("trajectories", "steps"):
+            raise ValueError(f"episode_over is {episode_over}; known: trajectories, steps")
+        self.gamma, self.weight, self.episode_over = gamma, weight, episode_over
+
+    def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
+        episodes, turn = _episodes(answers)
+        anchor, num_anchors = episodes.states()
+        a = answers.config.advantage
+        found = gigpo(
+            answers.rewards,
+            episodes.step_rewards.double(),
+            answers.group,
+            answers.valid,
+            episodes.present,
+            anchor,
+            answers.num_groups,
+            num_anchors,
+            gamma=self.gamma,
+            weight=self.weight,
+            normalize=a.scale == "group_std",
+            episode_over="steps" if self.episode_over == "steps" else "trajectories",
+            eps=a.eps,
+            ddof=a.ddof,
+            singleton=a.singleton,
+        )
+        return steps_to_decisions(found, turn, answers.mask)
+
+
+class SaltCredit(Stateless):
+    """SALT (arXiv:2510.20022): turns that episodes of a group share, equal actions after equal histories, get the mean of their episodes' advantages."""
+
+    def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
+        episodes, turn = _episodes(answers)
+        key, num_keys = episodes.shared_steps()
+        found = merged_advantages(sample_advantages(answers, estimator), key, episodes.present, answers.valid, num_keys)
+        return steps_to_decisions(found, turn, answers.mask)
+
+
+class IgpoCredit(Stateless):
+    """IGPO (arXiv:2510.14967): a turn is rewarded with how much likelier it makes the right answer, see `turn_gains` and `turn_advantages`.
+
+    The environment says what is right (`Environment.answer`); without an answer nothing is gained. eps and ddof are those of `advantage`.
+
+    Args:
+        form: position, first or joint. gamma: discount, in (0, 1]. outcome_weight: of the episode's reward, the last turn's.
+    """
+
+    def __init__(self, form: Literal["position", "first", "joint"] = "position", gamma: float = 1.0, outcome_weight: float = 1.0) -> None:
+        if form not in ("position", "first", "joint"):
+            raise ValueError(f"form is {form}; known: position, first, joint")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is {gamma:g}, and a discount is in (0, 1]")
+        self.form, self.gamma, self.outcome_weight = form, gamma, outcome_weight
+
+    def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
+        episodes, turn = _episodes(answers)
+        log_prob, known = self._answer_log_prob(answers, episodes)
+        a = answers.config.advantage
+        gains = torch.where(known[:, None], turn_gains(log_prob, episodes.present), 0.0)
+        counted, total = answers.add(float(known.sum())), answers.add(float(gains.sum()))
+        answers.metrics["turn/gain"] = total / max(counted, 1.0)
+        found = turn_advantages(
+            gains,
+            answers.rewards,
+            answers.group,
+            answers.valid,
+            episodes.present,
+            answers.num_groups,
+            form="position" if self.form == "position" else "first" if self.form == "first" else "joint",
+            gamma=self.gamma,
+            outcome_weight=self.outcome_weight,
+            eps=a.eps,
+            ddof=a.ddof,
+        )
+        return steps_to_decisions(found, turn, answers.mask)
+
+    @torch.no_grad()
+    def _answer_log_prob(self, answers: Answers, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """[B, S] float64, mean log-probability of the right answer's tokens before each turn, and [B] bool, whether there is a right answer."""
+        policy, c = answers.policy, answers.completions
+        gold = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in episodes.answers]
+        asked: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # (what is known, right answer) -> number; equal ones are evaluated once
+        place = torch.full(episodes.present.shape, -1, dtype=torch.int64)
+        for row, group in enumerate(c.group.tolist()):
+            prompt, tokens = c.prompt_tokens[group].tolist(), c.tokens[row].tolist()
+            for step in torch.nonzero(episodes.present[row])[:, 0].tolist() if gold[row] else []:
+                before = (*prompt, *tokens[: int(episodes.turn_start[row, step])])
+                place[row, step] = asked.setdefault((before, tuple(gold[row])), len(asked))
+        values = torch.zeros(len(asked) + 1, dtype=torch.float64)
+        with policy.in_step():
+            if asked:
+                probes = _probes([before for before, _ in asked], [right for _, right in asked], policy.pad)
+                log_prob = policy.token_output(probes, torch.arange(len(asked))).log_prob.double().cpu()
+                values[:-1] = log_prob.sum(1) / probes.length
+        answers.extra["measured_tokens"] = sum(len(before) + len(right) - 1 for before, right in asked)
+        return values[place], torch.tensor([bool(right) for right in gold])
+
+
+def _probes(contexts: Sequence[Sequence[int]], said: Sequence[Sequence[int]], pad: int) -> Completions:
+    """Given answers to contexts, to be evaluated."""
+    width, length = max(map(len, said)), torch.tensor([len(tokens) for tokens in said])
+    mask = torch.arange(width) < length[:, None]
+    return Completions(
+        prompt_tokens=tuple(torch.tensor(context, dtype=torch.int64) for context in contexts),
+        tokens=torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in said]),
+        mask=mask,
+        length=length,
+        group=torch.arange(len(said)),
+        finished=torch.ones(len(said), dtype=torch.bool),
+        log_prob=torch.zeros(mask.shape),
+        texts=("",) * len(said),
+    )

@@ -1,0 +1,212 @@
+"""The groups of an iteration: rounds of sampling as an allocator asks for them, what is trained of them, and answers that come from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flowrl.allocation import ALLOCATORS, Budget, Group, Order, Outcomes
+from flowrl.seeds import generator
+from flowrl.text.exits import Exits
+from flowrl.text.hints import Hints
+from flowrl.text.inserted import Expert, Replay
+from flowrl.text.parts import Part, make_part
+from flowrl.text.samples import COLUMNS, FRESH, Pick, Samples, picked, sampling_tokens
+from flowrl.text.sources import Asked, Sampler, Source
+from flowrl.types import UserError
+
+if TYPE_CHECKING:
+    from flowrl.text.answers import Answers
+
+__all__ = ["SOURCES", "Drawn", "Rounds"]
+
+SOURCES: dict[str, Callable[..., Source]] = {"expert": Expert, "exits": Exits, "hints": Hints, "replay": Replay}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Answers of this process's groups. answers: so many were sampled for them, here; tokens: the least that a network reads for that; mixed: some may come
+    from elsewhere.
+    """
+
+    samples: Samples
+    answers: int
+    tokens: int
+    metrics: Mapping[str, float]
+    mixed: bool
+
+    def into(self, answers: Answers) -> None:
+        """Tell an iteration what these answers are."""
+        s = self.samples
+        answers.compared, answers.origin, answers.train = s.group, s.column("origin"), s.columns["train"].clone()
+        answers.in_statistics = s.columns["compared"] if self.mixed else None
+        answers.extra |= {"sampling_tokens": self.tokens, **{name: s.columns[name] for name in s.columns if name not in COLUMNS}}
+        answers.metrics |= self.metrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A group: its prompt, its answers, the iteration that sampled it, and whether it is trained."""
+
+    prompt: int
+    samples: Samples
+    born: int
+    train: bool = True
+
+    def facts(self, iteration: int) -> Group:
+        total = self.samples.scores["total"]
+        return Group(self.prompt, total.values.double(), total.valid, iteration - self.born)
+
+
+class Rounds:
+    """Which groups an iteration has, and what of them this process samples.
+
+    Args:
+        sampler: the engine. bounds: of the total reward.
+    Raises:
+        UserError: the allocator or a source cannot work with this run.
+    """
+
+    def __init__(self, sampler: Sampler, bounds: tuple[float, float]) -> None:
+        config, self.sampler = sampler.config, sampler
+        r, a = config.rollout, config.allocation
+        self.allocator = make_part("allocation", ALLOCATORS, a.name, a.args)
+        self.sources = [make_part("allocation.samples", SOURCES, part.name, part.args) for part in a.samples]
+        for source in self.sources:
+            source.check(sampler)
+        self.allocator.begin(Budget(len(sampler.prompts), r.groups_per_iteration, r.group_size, config.seed, *bounds))
+        self.stored: list[_Piece] = []  # the same on every process
+        self._chosen: list[_Piece] = []
+        self._counts: Sequence[int] = ()
+        self._tokens = self._answers = 0
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {f"samples/{i}": source for i, source in enumerate(self.sources)}
+
+    def groups(self, iteration: int) -> list[int]:
+        """Prompt numbers; an allocator that gathers samples the groups now."""
+        if not self.allocator.gathers:
+            order = self.allocator.ask(iteration, 0, ())
+            self._counts = order.counts
+            return list(order.prompts)
+        self._tokens = self._answers = 0
+        pieces = [_Piece(piece.prompt, piece.samples.aged(), piece.born) for piece in self.stored]
+        old, number = len(pieces), 0
+        while (order := self.allocator.ask(iteration, number, [piece.facts(iteration) for piece in pieces])).prompts:
+            found = self._round(order, iteration, number, len(pieces))
+            if order.extends is None:
+                pieces += found
+            else:
+                for place, more in zip(order.extends, found, strict=True):
+                    pieces[place] = _joined(pieces[place], more)
+            number += 1
+        facts = [piece.facts(iteration) for piece in pieces]
+        choice = self.allocator.choose(iteration, facts, self.sampler.place[1])
+        if not choice.train and not choice.idle:
+            raise UserError("allocation: no group was sampled; use more groups")
+        self.stored = [pieces[n] for n in choice.store]
+        self._chosen = [pieces[n] for n in choice.train] + [_Piece(pieces[n].prompt, pieces[n].samples, pieces[n].born, False) for n in choice.idle]
+        self.allocator.observe(_outcomes(facts[old:]))
+        return [piece.prompt for piece in self._chosen]
+
+    def _round(self, order: Order, iteration: int, number: int, first: int) -> list[_Piece]:
+        """Sample and score this process's share of an order; the groups of all processes, in its order."""
+        rank, world = self.sampler.place
+        mine = list(range(rank, len(order.prompts), world))
+        handles = [first + n if order.extends is None else order.extends[n] for n in mine]
+        prompts, counts = [self.sampler.prompts[order.prompts[n]] for n in mine], [self._own(order.counts[n]) for n in mine]
+        extra = () if order.extends is None else (number,)
+        seed = self.sampler.config.seed
+        with self.sampler.phase():
+            completions = self.sampler.generate(prompts, counts, [generator(seed, "tokens", iteration, handle, *extra) for handle in handles])
+        self._tokens, self._answers = self._tokens + sampling_tokens(completions), self._answers + len(completions)
+        found = []
+        if mine:
+            samples = Samples.of(completions, self.sampler.scored(prompts, completions, completions.group))
+        for place, n in enumerate(mine):
+            rows = torch.nonzero(samples.group == place).squeeze(1).tolist()
+            found.append((n, _Piece(order.prompts[n], picked([samples], [Pick(0, row, 0) for row in rows]), iteration)))
+        every = sorted((item for part in self.sampler.gather(found) for item in part), key=lambda item: item[0])
+        return [piece for _, piece in every]
+
+    def _own(self, count: int) -> int:
+        for source in self.sources:
+            count = source.own(count)
+        return count
+
+    @property
+    def plain(self) -> bool:
+        """The policy is asked once, and that is all."""
+        return not self.allocator.gathers and not self.sources
+
+    def draw(self, asked: Asked) -> Drawn:
+        """The answers of this process's groups."""
+        sampler, metrics = self.sampler, dict[str, float]()
+        if self.allocator.gathers:
+            chosen = [self._chosen[number] for number in asked.numbers]
+            picks = [Pick(p, row, p) for p, piece in enumerate(chosen) for row in range(len(piece.samples))]
+            samples, tokens, answers = picked([piece.samples for piece in chosen], picks), self._tokens, self._answers
+            samples = samples.with_columns(train=torch.tensor([piece.train for piece in chosen])[samples.group])
+            self._tokens = self._answers = 0
+        else:
+            generators = [generator(sampler.config.seed, "tokens", asked.iteration, number) for number in asked.numbers]
+            with sampler.phase():
+                completions = sampler.generate(asked.prompts, self.counts(asked.numbers), generators)
+            samples = Samples.of(completions, sampler.scored(asked.prompts, completions, completions.group))
+            tokens, answers = sampling_tokens(completions), len(completions)
+        for source in self.sources:
+            added = source(samples, asked, sampler)
+            samples, tokens, answers = added.samples, tokens + added.tokens, answers + added.answers
+            metrics |= added.metrics
+        world = sampler.place[1]
+        return Drawn(samples, answers, tokens, {name: value * world for name, value in metrics.items()}, bool(self.sources))
+
+    def counts(self, numbers: Sequence[int]) -> list[int]:
+        """Answers to sample for groups of this process."""
+        return [self._own(self._counts[number]) for number in numbers]
+
+    def observe(self, answers: Answers) -> None:
+        """Tell the allocator, and leave out groups that it does not train; every process must call it."""
+        total = answers.scores["total"]
+        keeps = self.allocator.keeps(total.values.double(), answers.group, total.valid, answers.num_groups)
+        answers.train &= keeps[answers.group]
+        size = torch.bincount(answers.group, minlength=answers.num_groups)
+        world = self.sampler.place[1]  # metrics are means over processes
+        answers.metrics |= {"groups/trained": world * float(keeps.sum()), "groups/singletons": world * float((size == 1).sum())}
+        answers.metrics |= self.allocator.metrics()
+        if not self.allocator.gathers:
+            own = torch.ones(len(answers), dtype=torch.bool) if answers.origin is None else answers.origin == FRESH
+            here = (answers.indices[answers.group][own], total.values[own].double(), total.valid[own])
+            prompt, rewards, valid = (torch.cat(column) for column in zip(*answers.gather(here), strict=True))
+            self.allocator.observe(Outcomes(prompt, rewards, valid))
+
+    def state_dict(self) -> dict[str, Any]:
+        stored = [{"prompt": piece.prompt, "born": piece.born, "samples": piece.samples.state_dict()} for piece in self.stored]
+        return {"name": self.sampler.config.allocation.name, "allocator": self.allocator.state_dict(), "stored": stored}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the checkpoint is of another allocator.
+        """
+        name = self.sampler.config.allocation.name
+        if state["name"] != name:
+            raise UserError(f"allocation.name: the checkpoint was written with {state['name']}, and the config says {name}; go on with the same")
+        self.allocator.load_state_dict(state["allocator"])
+        self.stored = [_Piece(piece["prompt"], Samples.from_state(piece["samples"]), piece["born"]) for piece in state["stored"]]
+
+
+def _joined(piece: _Piece, more: _Piece) -> _Piece:
+    parts = (piece.samples, more.samples)
+    return _Piece(piece.prompt, picked(parts, [Pick(p, row, 0) for p in (0, 1) for row in range(len(parts[p]))]), piece.born)
+
+
+def _outcomes(groups: Sequence[Group]) -> Outcomes:
+    prompt = torch.tensor([group.prompt for group in groups for _ in group.rewards], dtype=torch.int64)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    rewards = torch.cat([nothing, *(group.rewards for group in groups)])
+    return Outcomes(prompt, rewards, torch.cat([nothing.bool(), *(group.valid for group in groups)]))
