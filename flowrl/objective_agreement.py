@@ -44,9 +44,9 @@ def objective_disagreements(config: Config) -> Iterator[str]:
         yield f"objective.name: {o.name} differentiates a reward through the picture, and text has none; use another objective"
     elif entry.kind != "direct" and likelihood not in entry.likelihoods:
         yield _wrong_likelihood(o.name, likelihood)
-    if o.dual_clip is not None and o.name != "clipped_surrogate":
+    if o.dual_clip is not None and not entry.surrogate:
         yield f"objective.dual_clip: it bounds the clipped surrogate, not {o.name}; leave it out"
-    if o.ratio_max is not None and o.name != "clipped_surrogate":
+    if o.ratio_max is not None and not entry.surrogate:
         yield f"objective.ratio_max: it bounds the clipped surrogate, not {o.name}; leave it out"
     if o.ratio == "none":
         if o.ratio_max is not None:

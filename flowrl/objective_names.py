@@ -36,6 +36,8 @@ class ObjectiveEntry:
         takes_ratio: it compares with the policy that sampled, so old log-probabilities are needed.
         whole: a loss of whole samples, from the log-probability of each of their decisions.
         above_zero: arguments that must be above 0; all other numbers are at least 0.
+        more: further functions, ``module:function``, whose arguments ``objective.args`` holds: what the objective chooses tokens or bounds with.
+        surrogate: objective.dual_clip and objective.ratio_max have an effect.
     """
 
     function: str
@@ -46,6 +48,8 @@ class ObjectiveEntry:
     takes_ratio: bool = True
     whole: bool = False
     above_zero: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    surrogate: bool = False
 
 
 _ANY: tuple[Likelihood, ...] = ("transition", "matching", "token")
@@ -53,11 +57,12 @@ _SAMPLED: tuple[Likelihood, ...] = ("transition", "token")
 _TOKEN: tuple[Likelihood, ...] = ("token",)
 _PICTURE_PAIRS: tuple[Likelihood, ...] = ("matching", "token")
 _OBJECTIVES, _GATES, _GROUPS = "flowrl.core.objectives", "flowrl.core.gates", "flowrl.core.group_gates"
+_BOUNDS, _WEIGHTS, _GATED, _COVARIANCE = "flowrl.core.bounds", "flowrl.core.token_weights", "flowrl.text.gated", "flowrl.text.covariance"
 _PREFERENCE, _PAIRS, _LISTS = "flowrl.core.preference", "flowrl.core.pair_losses", "flowrl.core.list_losses"
 
 
-def _group(function: str, *needs: str, above_zero: tuple[str, ...] = ("beta",)) -> ObjectiveEntry:
-    return ObjectiveEntry(function, _TOKEN, "group", needs=("group", "num_groups", *needs), whole=True, above_zero=above_zero)
+def _group(function: str, *needs: str, above_zero: tuple[str, ...] = ("beta",), more: tuple[str, ...] = ()) -> ObjectiveEntry:
+    return ObjectiveEntry(function, _TOKEN, "group", needs=("group", "num_groups", *needs), whole=True, above_zero=above_zero, more=more)
 
 
 def _pair(name: str, *needs: str, above_zero: tuple[str, ...] = ()) -> ObjectiveEntry:
@@ -65,7 +70,7 @@ def _pair(name: str, *needs: str, above_zero: tuple[str, ...] = ()) -> Objective
 
 
 OBJECTIVE_NAMES: dict[str, ObjectiveEntry] = {
-    "clipped_surrogate": ObjectiveEntry(f"{_OBJECTIVES}:clipped_surrogate", _ANY, clips=True),
+    "clipped_surrogate": ObjectiveEntry(f"{_OBJECTIVES}:clipped_surrogate", _ANY, clips=True, surrogate=True),
     "reinforce": ObjectiveEntry(f"{_OBJECTIVES}:reinforce", _ANY, takes_ratio=False),
     "sapo": ObjectiveEntry(f"{_GATES}:sapo", _ANY, above_zero=("temperature_positive", "temperature_negative")),
     "cispo": ObjectiveEntry(f"{_GATES}:cispo", _ANY, clips=True),
@@ -78,10 +83,30 @@ OBJECTIVE_NAMES: dict[str, ObjectiveEntry] = {
     "rover": ObjectiveEntry(f"{_GATES}:rover", _TOKEN, needs=("next_value",), above_zero=("kappa",)),
     "token_nft": ObjectiveEntry(f"{_GATES}:token_nft", _TOKEN, needs=("success_rate",)),
     "rl_plus_off_policy": ObjectiveEntry(f"{_GATES}:rl_plus_off_policy", _TOKEN, needs=("is_foreign",)),
-    "lp_reg": ObjectiveEntry(f"{_GATES}:lp_reg", _TOKEN, needs=("base", "selected", "proxy_log_prob"), clips=True),
+    "chord": ObjectiveEntry("flowrl.text.mixed:chord", _TOKEN, needs=("is_expert", "iteration", "own_scale", "expert_scale"), clips=True),
+    "remix": ObjectiveEntry("flowrl.text.mixed:remix", _TOKEN, needs=("proximal_log_prob",), clips=True),
+    "lp_reg": ObjectiveEntry(
+        f"{_GATES}:lp_reg",
+        _TOKEN,
+        needs=("base", "selected", "proxy_log_prob"),
+        clips=True,
+        more=(f"{_WEIGHTS}:low_probability_selection",),
+        surrogate=True,
+    ),
+    "annealed_mdpo": ObjectiveEntry(f"{_GATES}:mdpo", _TOKEN),
+    "bapo": ObjectiveEntry(
+        f"{_OBJECTIVES}:clipped_surrogate",
+        _TOKEN,
+        above_zero=("low_step", "high_step"),
+        more=tuple(f"{_BOUNDS}:{name}" for name in ("bound_candidates", "bound_statistics", "choose_bounds")),
+        surrogate=True,
+    ),
+    "capo": ObjectiveEntry(f"{_GATED}:capo", _TOKEN, needs=("square_sum",), clips=True, above_zero=("step", "threshold"), surrogate=True),
+    "clip_cov": ObjectiveEntry(f"{_COVARIANCE}:clip_cov", _TOKEN, needs=("dropped",), clips=True),
+    "kl_cov": ObjectiveEntry(f"{_COVARIANCE}:kl_cov", _TOKEN, needs=("held",)),
     "reg_grpo": _group(f"{_GROUPS}:reg_grpo", above_zero=("scale", "min_std")),
     "gvpo": _group(f"{_GROUPS}:gvpo", "ref_log_prob"),
-    "drpo": _group(f"{_GROUPS}:drpo", above_zero=("temperature", "length_scale", "max_length")),
+    "drpo": _group(f"{_GROUPS}:drpo", above_zero=("temperature", "length_scale", "max_length"), more=("flowrl.core.regularizers:kl_barrier",)),
     "copg_group": _group(f"{_LISTS}:copg_group", "ref_log_prob"),
     "sppo_group": _group(f"{_LISTS}:sppo_group"),
     "trpa": _group(f"{_LISTS}:trpa", "level", above_zero=("beta", "top_strength")),
@@ -116,7 +141,11 @@ def names_of(kind: Kind, likelihood: Likelihood | None = None) -> tuple[str, ...
 
 def load_objective(name: str) -> Callable[..., Any]:
     """The function of an objective."""
-    module, _, attribute = OBJECTIVE_NAMES[name].function.partition(":")
+    return _load(OBJECTIVE_NAMES[name].function)
+
+
+def _load(place: str) -> Callable[..., Any]:
+    module, _, attribute = place.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return found
 
@@ -129,7 +158,7 @@ def parameters(name: str) -> Mapping[str, Any]:
         return {}
     known = {"clip_low", "clip_high", "dual_clip", "ratio_max", "centre", *entry.needs}
     known |= {"beta", "margin", "sft_weight", "label_smoothing"} if entry.kind == "pair" else set()
-    found = inspect.signature(load_objective(name), eval_str=True).parameters.values()
+    found = [p for place in (entry.function, *entry.more) for p in inspect.signature(_load(place), eval_str=True).parameters.values()]
     return {p.name: p.annotation for p in found if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name not in known}
 
 

@@ -183,6 +183,45 @@ def test_a_run_of_two_processes_can_be_resumed_by_one(two: Path, tmp_path: Path,
         assert other["nfe/total"] == m["nfe/total"]
 
 
+SHORT_OF_MEMORY = """
+import json, sys
+from pathlib import Path
+import torch, toys
+from flowrl.run import train
+from flowrl.updates.transition import TransitionUpdate
+whole = TransitionUpdate.loss
+failed = 0
+def loss(self, units, weights, **more):
+    global failed
+    if torch.distributed.get_rank() == 1 and len(units) > 2:
+        failed += 1
+        raise torch.OutOfMemoryError("of a test")
+    return whole(self, units, weights, **more)
+TransitionUpdate.loss = loss
+train(toys.make_config(Path(sys.argv[1]), Path(sys.argv[2]), *json.loads(sys.argv[3])))
+print("rank", torch.distributed.get_rank(), "failed", failed)
+"""
+
+
+def test_processes_step_back_together_when_one_runs_out_of_memory(tmp_path: Path, pipeline: Path) -> None:
+    """The second process has 4 rows and holds 2: both go down to 2, once, and the run is that of one process."""
+    settings = [*overrides("lora"), "training.rows_per_backward=12"]
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "script.py").write_text(SHORT_OF_MEMORY)
+    done = launch("torch.distributed.run", [str(folder / "script.py"), str(folder), str(pipeline), json.dumps(settings)])
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 failed 1" in done.stdout and "rank 0 failed 0" in done.stdout
+    assert "training.rows_per_backward: 4 do not fit" in done.stderr
+    one = train(make_config(tmp_path, pipeline, *settings))
+    ours, theirs = (torch.load(find_checkpoints(run)[0] / "state.pt", weights_only=True) for run in (one, folder / "run"))
+    for a, b in zip(ours["parameters"], theirs["parameters"], strict=True):
+        assert (a - b).abs().max() < 1e-5
+    assert theirs["fitting"]["rows_per_backward"] == 2
+    for m, other in zip(read(one / "metrics.jsonl"), read(folder / "run" / "metrics.jsonl"), strict=True):
+        assert other["nfe/used"] == other["nfe/minimum"] == m["nfe/used"]
+
+
 def test_the_command_line_speaks_with_one_voice(tmp_path: Path, pipeline: Path) -> None:
     config = write_config(tmp_path, pipeline)
     arguments = ["train", str(config), "training={iterations: 1, device: auto}", "rewards=[toys:constant]"]

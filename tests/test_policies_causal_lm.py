@@ -397,6 +397,15 @@ def test_language_models_are_found_by_their_config(folder: Path, pipeline: Path)
     assert isinstance(policy, CausalLmPolicy) and policy.rows_per_forward == 3 and policy.medium == "text"
 
 
+def test_the_embedded_model_answers():
+    assert families.family_of(ModelConfig(path="flowrl:tiny-lm")) is CausalLmPolicy
+    policy = make_policy("flowrl:tiny-lm")
+    found = answers_to(policy, (2, 1))
+    words = AutoTokenizer.from_pretrained(policy.where)
+    assert found.prompt_tokens[0].tolist() == words(TEXTS[0])["input_ids"] and found.prompt_tokens[0][-1] not in policy.ends
+    torch.testing.assert_close(policy.token_output(found, everything(found)).log_prob, found.log_prob, **CLOSE)
+
+
 def test_models_that_cannot_be_loaded_are_one_clear_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cases = {
         "./nowhere": "model.path: ./nowhere does not exist; give a folder, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or flowrl:tiny-lm",

@@ -111,6 +111,14 @@ def test_without_gradient_the_head_runs_once_and_no_positions_are_no_error():
 
 
 def test_logits_in_bfloat16_have_statistics_in_float32():
+    x, w, b, targets = some()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_statistics(lambda h: linear(h, w, b), x, targets, columns=SCALARS, at_once=4)
+        logits = linear(x, w, b)
+    assert logits.dtype == torch.bfloat16
+    for name, value in naive(logits.detach().float(), targets).items():
+        if name in found:
+            torch.testing.assert_close(found[name].detach(), value, **FP32)
     found = token_statistics(nn.Identity(), torch.randn(4, 8, generator=seeded()).bfloat16(), torch.zeros(4, dtype=torch.int64), columns=SCALARS, at_once=4)
     assert {value.dtype for value in found.values()} == {torch.float32}
 

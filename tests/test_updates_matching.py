@@ -321,7 +321,8 @@ def test_away_from_the_old_policy_two_mirrored_policies_are_trained(configure: C
 
 def test_ac_flow_without_a_value_and_with_the_reward_is_orw_cfm_w2(configure: Configure) -> None:
     tau = 0.5
-    reward = ["advantage={centre: none, scale: none, clip: 30, transform: exp, temperature: 2}", "kl={weight: 1.0, form: v_mse}", "rewards={toys:brightness: 3.0}"]
+    plain = "advantage={centre: none, scale: none, clip: 30, transform: exp, temperature: 2}"
+    reward = [plain, "kl={weight: 1.0, form: v_mse}", "rewards={toys:brightness: 3.0}"]
     theirs = begin(move(Trainer(configure(*ORW, *reward))))
     blind = "critic={enabled: false, warmup_iterations: 0, ramp_iterations: 0, advantage_clip: 30}"
     ours = begin(move(Trainer(configure(*AC, *reward, blind))))

@@ -26,11 +26,14 @@ from flowrl.text.evaluation import TextEvaluation, TextEvaluator, on_cpu
 from flowrl.text.factors import FACTORS
 from flowrl.text.objectives import make_objective
 from flowrl.text.parts import Part, make_part
+from flowrl.text.rolled import Rolled
+from flowrl.text.rollouts import make_rollout
 from flowrl.text.rounds import Drawn, Rounds
 from flowrl.text.samples import sampling_tokens
 from flowrl.text.shaping import SHAPERS
 from flowrl.text.sources import Asked
 from flowrl.text.terms import make_terms
+from flowrl.text.value import make_value
 from flowrl.tracking import replace_file
 from flowrl.types import Completions, Prompt, SampleBatch, Scores, UserError
 from flowrl.updates.base import Update
@@ -52,6 +55,7 @@ class SampledAnswers:
     indices: Sequence[int]
     num_sampled: int
     drawn: Drawn | None = None
+    rolled: Rolled | None = None
 
     @property
     def group(self) -> Tensor:
@@ -113,16 +117,21 @@ class TextEngine:
         for prompts in (self.prompts, *self.splits.values()):  # one that does not fit is an error now
             self.policy.encode(prompts, config.generation)
         self.rounds = Rounds(self, self.estimator.bounds)
+        self.value = make_value(config, self.policy.hidden_size, self.accelerator)
+        every = (self.prompts, *self.splits.values())
+        self.rollout = make_rollout(config, self.policy, self.credit, every, lambda shown, found: self._submit(shown, found).result()["total"])
 
     @property
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {"credit": self.credit, "objective": self.objective}
         parts |= {f"shaping/{i}": part for i, part in enumerate(self.shapers)}
         parts |= {f"factor/{i}": part for i, part in enumerate(self.factors)}
+        parts |= {name: part for name, part in (("value", self.value), ("rollout", self.rollout)) if part is not None}
         return parts | {f"term/{term.name}": term for term in self.terms} | self.rounds.parts
 
     def groups(self, iteration: int) -> list[int]:
-        return self.rounds.groups(iteration)
+        found = self.rounds.groups(iteration)
+        return found if self.rollout is None else self.rollout.groups(found)
 
     # --- sampling ---
 
@@ -131,6 +140,13 @@ class TextEngine:
             drawn = self.rounds.draw(Asked(prompts, indices, numbers, iteration))
             return SampledAnswers(drawn.samples.completions, prompts, indices, drawn.answers, drawn), [Known(dict(drawn.samples.scores))]
         counts = self.rounds.counts(numbers)
+        if self.rollout is not None:
+            with self.phase():
+                rolled = self.rollout(Asked(prompts, indices, numbers, iteration), counts)
+            self.rollout.meet(self.gather)
+            completions = on_cpu(rolled.completions)
+            shown = [prompts[g] for g in completions.group.tolist()] if rolled.shown is None else rolled.shown
+            return SampledAnswers(completions, prompts, indices, len(completions), rolled=rolled), [self._submit(shown, completions)]
         generators = [generator(self.config.seed, "tokens", iteration, g) for g in numbers]
         completions = self.sample(prompts, counts, generators)
         return SampledAnswers(completions, prompts, indices, len(completions)), [self.score(prompts, completions)]
@@ -161,7 +177,10 @@ class TextEngine:
 
     def score(self, prompts: Sequence[Prompt], completions: Completions) -> Pending:
         """Let the rewards look at answers."""
-        shown = [prompts[g] for g in completions.group.tolist()]
+        return self._submit([prompts[g] for g in completions.group.tolist()], completions)
+
+    def _submit(self, shown: Sequence[Prompt], completions: Completions) -> Pending:
+        """shown: the prompt of each answer."""
         return self.rewards.submit(SampleBatch(shown, texts=completions.texts, group=completions.group))
 
     def keep(
@@ -213,6 +232,9 @@ class TextEngine:
         )
         if drawn is not None:
             drawn.into(answers)
+        if rolled_out.rolled is not None:
+            answers.extra |= {"sampling_tokens": rolled_out.rolled.sampled, **rolled_out.rolled.extra}
+        answers.extra |= {"value": self.value, "advantage_factor": self.setting.reward_weights.factor}
         return answers
 
     def assign(
@@ -235,6 +257,8 @@ class TextEngine:
         self.rounds.observe(answers)
         measure(answers, sorted(needs))
         assigned = self._assign(answers, self.credit, self.estimator)
+        if self.value is not None:
+            self.value.learn(answers)
         return assigned, self._metrics(answers)
 
     def assign_alone(
@@ -318,12 +342,13 @@ class TextEngine:
         sampled = answers.extra.get("sampling_tokens", sampling_tokens(answers.completions))
         trained = int(whole[assigned.mask.any(1)].sum())
         passes = sum(1 for name in ("log_prob", "reference") if name in answers.measured) * int(whole.sum())
+        measured = answers.extra.get("measured_tokens", 0)
         later = int(whole[answers.extra["later"]].sum()) if "later" in answers.extra else 0
         idle = 0
         if idle_rows:
             members = answers.extra["first_unit"]
             idle = idle_rows // len(members) * int(whole[members].sum())
-        return int(self.setting.add(float(sampled + passes + later + 2 * (o.inner_epochs * trained + idle))))
+        return int(self.setting.add(float(sampled + passes + measured + later + 2 * (o.inner_epochs * trained + idle))))
 
     # --- evaluation and state ---
 

@@ -168,6 +168,11 @@ class CausalLmPolicy(TrainedPolicy):
     def _adapted(self) -> Any:
         return self.network.model
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that the output head reads."""
+        return int(self.network.model.config.get_text_config().hidden_size)
+
     # --- prompts ---
 
     def check_generation(self, settings: GenerationConfig) -> None:

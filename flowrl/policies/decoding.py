@@ -92,11 +92,10 @@ def inverse_cdf(log_p: Tensor, uniform: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What all parts of one call share."""
+    """What all parts of one call share; uniform [B, max_new_tokens] None = the likeliest tokens."""
 
     prompts: Sequence[Tensor]
     settings: GenerationConfig
-    greedy: bool
     group: list[int]
     prefix: list[Tensor]
     uniform: Tensor | None
@@ -151,7 +150,7 @@ def generate(
         torch.tensor([len(start) for start in starts], dtype=torch.int64),
         torch.zeros(total, dtype=torch.bool),
     )
-    order = _Order([prompt.to("cpu", torch.int64) for prompt in prompts], settings, greedy, group, starts, uniform)
+    order = _Order([prompt.to("cpu", torch.int64) for prompt in prompts], settings, group, starts, uniform)
     before = model.counted()
 
     def part(rows: slice) -> Tensor:

@@ -103,7 +103,8 @@ def token_statistics(
     def work(part: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         logits = head(part)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return _statistics(logits if temperature == 1.0 else logits / temperature, target, names, kappa)
+        with torch.autocast(logits.device.type, enabled=False):
+            return _statistics(logits if temperature == 1.0 else logits / temperature, target, names, kappa)
 
     recompute = torch.is_grad_enabled()
     parts = [

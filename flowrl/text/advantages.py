@@ -1,4 +1,4 @@
-"""What credits share: the protocol, the run's advantages of answers, rewards of tokens, and what all processes know of an iteration.
+"""What credits share: the protocol, the run's advantages of answers, and rewards of tokens.
 
 Letters: B answers, T tokens.
 """
@@ -6,10 +6,9 @@ Letters: B answers, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowrl.core.regularizers import kl_in_reward
@@ -18,9 +17,7 @@ from flowrl.estimation import Estimator
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Part
 
-__all__ = ["Credit", "gathered", "sample_advantages", "summed_moments", "token_rewards"]
-
-T = TypeVar("T")
+__all__ = ["Credit", "sample_advantages", "summed_moments", "token_rewards"]
 
 
 class Credit(Part, Protocol):
@@ -57,9 +54,3 @@ def token_rewards(answers: Answers, outcome: Tensor) -> Tensor:
         old, reference = answers.token("log_prob"), answers.token("reference")
         rewards = kl_in_reward(rewards, old.double(), reference.double(), answers.mask, beta=kl.weight)
     return rewards
-
-
-def gathered(part: T) -> list[T]:
-    """What every process has, in the order of processes; all must call it. On one process, [part]."""
-    found: list[T] = gather_object([part])
-    return found

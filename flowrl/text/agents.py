@@ -23,6 +23,7 @@ from flowrl.text.advantages import sample_advantages
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.text.rolled import Rolled
+from flowrl.text.sources import Asked
 from flowrl.types import Completions, Prompt, UserError
 
 if TYPE_CHECKING:
@@ -132,16 +133,16 @@ class EpisodeRollout(Stateless):
         """As they come."""
         return fresh
 
-    def meet(self) -> None:
+    def meet(self, gather: Callable[[Any], list[Any]]) -> None:
         """Nothing is shared."""
 
-    def __call__(self, prompts: Sequence[Prompt], indices: Sequence[int], numbers: Sequence[int], iteration: int) -> Rolled:
-        seed, counts = self.config.seed, [self.config.rollout.group_size] * len(prompts)
+    def __call__(self, asked: Asked, counts: Sequence[int]) -> Rolled:
+        seed, iteration = self.config.seed, asked.iteration
 
         def draw(group: int, member: int | None, turn: int) -> torch.Generator:
-            return generator(seed, "tokens", iteration, numbers[group], *(() if member is None else (member, turn)))
+            return generator(seed, "tokens", iteration, asked.numbers[group], *(() if member is None else (member, turn)))
 
-        return self.play(prompts, counts, [derive_seed(seed, "environment", iteration, number) for number in numbers], draw)
+        return self.play(asked.prompts, counts, [derive_seed(seed, "environment", iteration, number) for number in asked.numbers], draw)
 
     def play(
         self,

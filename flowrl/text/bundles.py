@@ -14,14 +14,13 @@ from torch import Tensor
 from flowrl.core.advantages import group_statistics
 from flowrl.core.bundles import Blend, QuantileMode, Quantiles, consistency_blend, paper_scores, risk_advantages, update_quantiles
 from flowrl.estimation import Estimator
-from flowrl.text.advantages import gathered
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.types import Decisions, Objective
 from rewards.text_match import clean_answer, find_answer
 
 if TYPE_CHECKING:
-    from flowrl.text.objectives import Batch
+    from flowrl.text.batch import Batch
 
 __all__ = ["ConsistencyCredit", "RiskCredit", "blended"]
 
@@ -63,7 +62,7 @@ class RiskCredit:
 
     def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
         numbers = torch.tensor(list(answers.numbers), dtype=torch.int64)
-        parts = gathered((answers.rewards, answers.valid, numbers[answers.group]))
+        parts = answers.gather((answers.rewards, answers.valid, numbers[answers.group]))
         rewards, valid, group = (torch.cat([part[k] for part in parts]) for k in range(3))
         num_groups = int(group.max()) + 1
         order = group.argsort(stable=True)

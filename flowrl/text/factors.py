@@ -5,6 +5,7 @@ Letters: B answers, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from flowrl.core.token_weights import overlong_filter, uncertain_mask
 from flowrl.text.answers import Answers
+from flowrl.text.divergence import Divergence
+from flowrl.text.mixed import Resampled
 from flowrl.text.parts import Part, Stateless
+from flowrl.text.value import Fresh
+from flowrl.text.ranks import smallest
 
 __all__ = ["FACTORS", "Factor"]
 
@@ -48,4 +53,33 @@ class Uncertain(Stateless):
         return uncertain_mask(answers.token("log_prob"), answers.mask, threshold=self.threshold)
 
 
-FACTORS: dict[str, Callable[..., Factor]] = {"overlong_filter": OverlongFilter, "uncertain": Uncertain}
+class TopEntropy(Stateless):
+    """Only the tokens whose distribution has the highest entropy learn; the others have weight 0 and stay in what the loss is divided by (arXiv:2506.01939).
+
+    The quantile is that of `flowrl.core.token_weights.top_entropy_mask`, over all processes, under the policy that sampled.
+
+    Args:
+        share: in (0, 1], of the tokens that are kept; 1 keeps all.
+    """
+
+    needs = frozenset({"entropy"})
+
+    def __init__(self, share: float = 0.2) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share:g}, and a share of tokens is in (0, 1]")
+        self.share = share
+
+    def __call__(self, answers: Answers, advantages: Tensor) -> Tensor:
+        chosen = answers.mask & (answers.valid & answers.train)[:, None]
+        count = answers.add(float(chosen.sum()))
+        kept = count - math.ceil((1 - self.share) * (count - 1) - 1e-9)  # those above the quantile between two values
+        return smallest(-answers.token("entropy"), chosen, kept, answers.add).float()
+
+
+FACTORS: dict[str, Callable[..., Factor]] = {
+    "overlong_filter": OverlongFilter,
+    "uncertain": Uncertain, "fresh": Fresh,
+    "top_entropy": TopEntropy,
+    "divergence": Divergence,
+    "resampled": Resampled,
+}

@@ -13,6 +13,11 @@ from flowrl.core.group_gates import GROUP_OBJECTIVES
 from flowrl.core.objectives import OBJECTIVES
 from flowrl.objective_names import arguments
 from flowrl.text.batch import Batch, ObjectiveBase, TokenObjective, renumbered
+from flowrl.text.bundles import blended
+from flowrl.text.covariance import ClipCov, KlCov
+from flowrl.text.gated import AnnealedMdpo, Capo, Drpo, LpReg, Rover, TokenNft
+from flowrl.text.mixed import Chord, Remix, RlPlus
+from flowrl.text.searched_clip import Bapo
 from flowrl.types import Objective
 
 __all__ = ["TOKEN_OBJECTIVES", "Batch", "GateObjective", "GroupObjective", "ObjectiveBase", "TokenObjective", "make_objective", "renumbered"]
@@ -26,7 +31,7 @@ class GateObjective(ObjectiveBase):
         args: dict[str, Any] = {"clip_low": o.clip_low, "clip_high": o.clip_high, **arguments(o)}
         if o.name == "clipped_surrogate":
             args |= {"dual_clip": o.dual_clip, "ratio_max": o.ratio_max}
-        return OBJECTIVES[o.name](self.leveled(batch.decisions), **args)
+        return blended(batch, lambda decisions: OBJECTIVES[o.name](self.leveled(decisions), **args))
 
 
 class GroupObjective(ObjectiveBase):
@@ -49,6 +54,18 @@ class GroupObjective(ObjectiveBase):
 TOKEN_OBJECTIVES: dict[str, Callable[[Config], TokenObjective]] = {
     **dict.fromkeys(OBJECTIVES, GateObjective),
     **dict.fromkeys(GROUP_OBJECTIVES, GroupObjective),
+    "drpo": Drpo,
+    "annealed_mdpo": AnnealedMdpo,
+    "rover": Rover,
+    "token_nft": TokenNft,
+    "lp_reg": LpReg,
+    "capo": Capo,
+    "clip_cov": ClipCov,
+    "kl_cov": KlCov,
+    "bapo": Bapo,
+    "rl_plus_off_policy": RlPlus,
+    "chord": Chord,
+    "remix": Remix,
 }
 """Name -> class, made with the config."""
 

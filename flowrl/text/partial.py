@@ -5,16 +5,15 @@ Letters: B answers, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flowrl.config import Config
 from flowrl.seeds import generator
-from flowrl.text.advantages import gathered
 from flowrl.text.rolled import Path, Rolled, collected, continuation_tokens
-from flowrl.types import Prompt
+from flowrl.text.sources import Asked
 
 if TYPE_CHECKING:
     from flowrl.policies.causal_lm import CausalLmPolicy
@@ -41,22 +40,22 @@ class PartialRollout:
         """Those under way keep their prompt."""
         return [self._open[number][0] if number in self._open else index for number, index in enumerate(fresh)]
 
-    def __call__(self, prompts: Sequence[Prompt], indices: Sequence[int], numbers: Sequence[int], iteration: int) -> Rolled:
-        config, encoded = self.config, self.policy.encode(prompts)
-        size, limit = config.rollout.group_size, config.generation.max_new_tokens
+    def __call__(self, asked: Asked, counts: Sequence[int]) -> Rolled:
+        config, numbers, iteration = self.config, asked.numbers, asked.iteration
+        encoded, limit = self.policy.encode(asked.prompts), config.generation.max_new_tokens
         begun = [[Path(list(t), list(p), []) for t, p in self._open[number][1]] if number in self._open else [] for number in numbers]
-        begun = [paths or [Path([], [], []) for _ in range(size)] for paths in begun]
+        begun = [paths or [Path([], [], []) for _ in range(size)] for paths, size in zip(begun, counts, strict=True)]
         grown: list[list[Path]] = [list(paths) for paths in begun]
         sampled = 0
         for start in sorted({len(path.tokens) for paths in begun for path in paths}):
             rows = [(place, member, path) for place, paths in enumerate(begun) for member, path in enumerate(paths) if len(path.tokens) == start]
-            asked = sorted({place for place, _, _ in rows})
+            places = sorted({place for place, _, _ in rows})
             length = min(limit, start + self.window)
             found = self.policy.generate(
-                [encoded[place] for place in asked],
-                [sum(place == other for other, _, _ in rows) for place in asked],
+                [encoded[place] for place in places],
+                [sum(place == other for other, _, _ in rows) for place in places],
                 config.generation.model_copy(update={"max_new_tokens": length, "min_new_tokens": min(length, config.generation.min_new_tokens)}),
-                [generator(config.seed, "tokens", iteration, numbers[place], start) for place in asked],
+                [generator(config.seed, "tokens", iteration, numbers[place], start) for place in places],
                 prefix=[torch.tensor(path.tokens, dtype=torch.int64) for _, _, path in rows],
                 prefix_log_prob=[torch.tensor(path.log_prob, dtype=torch.float32) for _, _, path in rows],
             )
@@ -64,7 +63,7 @@ class PartialRollout:
             for row, (place, member, _) in enumerate(rows):
                 grown[place][member] = Path.of(found, row, [])
         self._mine = {}
-        for index, number, paths in zip(indices, numbers, grown, strict=True):
+        for index, number, paths in zip(asked.indices, numbers, grown, strict=True):
             rest = [([], []) if _is_over(path, limit) else (path.tokens, path.log_prob) for path in paths]
             if any(tokens for tokens, _ in rest):
                 self._mine[number] = (int(index), rest)
@@ -74,9 +73,9 @@ class PartialRollout:
         fresh = torch.arange(completions.tokens.shape[1]) >= given[:, None]
         return Rolled(completions, sampled, extra={"done": done, "fresh": fresh})
 
-    def meet(self) -> None:
+    def meet(self, gather: Callable[[Any], list[Any]]) -> None:
         """Tell all processes what is under way."""
-        self._open = {number: slot for part in gathered(self._mine) for number, slot in part.items()}
+        self._open = {number: slot for part in gather(self._mine) for number, slot in part.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What is under way."""

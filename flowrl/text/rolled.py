@@ -5,7 +5,7 @@ Letters: B answers, T tokens, P groups of this process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowrl.text.parts import Part
+from flowrl.text.sources import Asked
 from flowrl.types import Completions, Prompt
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ class Rollout(Part, Protocol):
         """Prompt numbers of an iteration's groups, the same on every process. fresh: those whose turn it is."""
         ...
 
-    def __call__(self, prompts: Sequence[Prompt], indices: Sequence[int], numbers: Sequence[int], iteration: int) -> Rolled:
-        """Sample. The policy is in step, and no other process is met. indices: prompt numbers; numbers: of the groups within the iteration."""
+    def __call__(self, asked: Asked, counts: Sequence[int]) -> Rolled:
+        """Sample so many answers for each group of this process. The policy is in step, and no other process is met."""
         ...
 
-    def meet(self) -> None:
-        """After sampling, outside of the policy's step: every process calls it."""
+    def meet(self, gather: Callable[[Any], list[Any]]) -> None:
+        """After sampling, outside of the policy's step: every process calls it. gather: a value -> those of all processes, in their order."""
         ...
 
 
@@ -70,7 +71,7 @@ class Path:
 
 
 def continuation_tokens(prompts: Sequence[Tensor], group: Sequence[int], prefix: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """What one call of `generate` evaluates: each prompt that is asked once, each different prefix of a prompt once, and each further token but an answer's last.
+    """What one call of `generate` evaluates: each prompt that is asked, each different prefix of a prompt, and each further token but an answer's last.
 
     Args:
         group: length B, of each answer. lengths: length B, with the prefix.

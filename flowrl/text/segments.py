@@ -6,7 +6,7 @@ Letters: B answers, T tokens, C segments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from flowrl.seeds import generator
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.text.rolled import Rolled, continuation_tokens
+from flowrl.text.sources import Asked
 from flowrl.types import Completions, Prompt, Scores
 
 if TYPE_CHECKING:
@@ -69,13 +70,14 @@ class SegmentRollout(Stateless):
         """As they come."""
         return fresh
 
-    def meet(self) -> None:
+    def meet(self, gather: Callable[[Any], list[Any]]) -> None:
         """Nothing is shared."""
 
-    def __call__(self, prompts: Sequence[Prompt], indices: Sequence[int], numbers: Sequence[int], iteration: int) -> Rolled:
-        config, encoded, size = self.config, self.policy.encode(prompts), self.config.rollout.group_size
+    def __call__(self, asked: Asked, counts: Sequence[int]) -> Rolled:
+        prompts, numbers, iteration = asked.prompts, asked.numbers, asked.iteration
+        config, encoded = self.config, self.policy.encode(prompts)
         draws = [generator(config.seed, "tokens", iteration, number) for number in numbers]
-        answers = self.policy.generate(encoded, [size] * len(prompts), config.generation, draws)
+        answers = self.policy.generate(encoded, counts, config.generation, draws)
         group, lengths = answers.group.tolist(), answers.length.tolist()
         sampled = continuation_tokens(encoded, group, [[] for _ in group], lengths)
         segment = self.credit.segments(answers).cpu()
@@ -85,21 +87,20 @@ class SegmentRollout(Stateless):
         probes: list[list[tuple[int, int, list[int]]]] = [[(-1, 0, [])] for _ in prompts]  # (answer, number of the cut, tokens before it) of each group
         for answer, number in enumerate(group):
             probes[number] += [(answer, cut, tokens[answer][:start]) for cut, start in enumerate(starts[answer], start=1)]
-        asked = [(number, *probe) for number, group_probes in enumerate(probes) for probe in group_probes for _ in range(self.credit.continuations)]
-        prefix, owner = [probe[3] for probe in asked], [probe[0] for probe in asked]
+        rows = [(number, *probe) for number, group_probes in enumerate(probes) for probe in group_probes for _ in range(self.credit.continuations)]
+        prefix, owner = [row[3] for row in rows], [row[0] for row in rows]
         draws = [generator(config.seed, "segments", iteration, number) for number in numbers]
-        counts = [len(group_probes) * self.credit.continuations for group_probes in probes]
+        each = [len(group_probes) * self.credit.continuations for group_probes in probes]
         starting = [torch.tensor(start, dtype=torch.int64) for start in prefix]
-        found = self.policy.generate(encoded, counts, config.generation, draws, prefix=starting)
+        found = self.policy.generate(encoded, each, config.generation, draws, prefix=starting)
         sampled += continuation_tokens(encoded, owner, prefix, found.length.tolist())
 
         score = self.score([prompts[number] for number in owner], found)
         width = 1 + max(map(len, starts))
         values = torch.zeros(len(group), width, dtype=torch.float64)
-        each = score.values.double().split(self.credit.continuations)
-        known = score.valid.split(self.credit.continuations)
-        for place, (rewards, valid) in enumerate(zip(each, known, strict=True)):
-            number, answer, cut, _ = asked[place * self.credit.continuations]
+        parts = (column.split(self.credit.continuations) for column in (score.values.double(), score.valid))
+        for place, (rewards, valid) in enumerate(zip(*parts, strict=True)):
+            number, answer, cut, _ = rows[place * self.credit.continuations]
             mean = rewards[valid].mean()  # NaN without any
             if answer < 0:
                 values[torch.tensor(group) == number, 0] = mean

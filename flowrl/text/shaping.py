@@ -12,7 +12,21 @@ from torch import Tensor
 
 from flowrl.core.length_shaping import overlong
 from flowrl.text.answers import Answers
-from flowrl.text.parts import Part, Stateless
+from flowrl.text.kl_price import KlPrice
+from flowrl.text.parts import Part
+from flowrl.text.shaped import (
+    ConstraintGate,
+    ExitDecay,
+    GateProduct,
+    HistoryLength,
+    Inserted,
+    LengthRank,
+    Novelty,
+    PositionBonus,
+    RankUnlikely,
+    RelativeLength,
+    ShaperBase,
+)
 
 __all__ = ["SHAPERS", "Shaper", "ShaperBase"]
 
@@ -26,16 +40,6 @@ class Shaper(Part, Protocol):
     def advantages(self, answers: Answers, advantages: Tensor) -> Tensor:
         """[B] or [B, T] float64 in, the same shape out."""
         ...
-
-
-class ShaperBase(Stateless):
-    """Changes nothing."""
-
-    def rewards(self, answers: Answers) -> None:
-        pass
-
-    def advantages(self, answers: Answers, advantages: Tensor) -> Tensor:
-        return advantages
 
 
 class Overlong(ShaperBase):
@@ -53,4 +57,17 @@ class Overlong(ShaperBase):
         answers.rewards = answers.rewards + overlong(answers.lengths.double(), max_length=limit, cache=self.cache)
 
 
-SHAPERS: dict[str, Callable[..., Shaper]] = {"overlong": Overlong}
+SHAPERS: dict[str, Callable[..., Shaper]] = {
+    "overlong": Overlong,
+    "kl_price": KlPrice,
+    "length_rank": LengthRank,
+    "history_length": HistoryLength,
+    "relative_length": RelativeLength,
+    "exit_decay": ExitDecay,
+    "gate_product": GateProduct,
+    "rank_unlikely": RankUnlikely,
+    "novelty": Novelty,
+    "position_bonus": PositionBonus,
+    "inserted": Inserted,
+    "constraint_gate": ConstraintGate,
+}

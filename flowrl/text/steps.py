@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowrl.core.token_advantages import gate_steps, step_entropy, steps_to_decisions
 from flowrl.estimation import Estimator
-from flowrl.text.advantages import gathered, sample_advantages
+from flowrl.text.advantages import sample_advantages
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 
@@ -61,7 +61,7 @@ class StepGate(Stateless):
         num_steps = int(step.max()) + 1
         entropy, present = step_entropy(answers.token("entropy").double(), step, answers.mask, num_steps)
         present = present & answers.valid[:, None]
-        parts = gathered((answers.numbers[0], sample_advantages(answers, estimator), entropy, present))
+        parts = answers.gather((answers.numbers[0], sample_advantages(answers, estimator), entropy, present))
         width = max(part[2].shape[1] for part in parts)
         wide = [torch.nn.functional.pad(part[2], (0, width - part[2].shape[1])) for part in parts]
         there = [torch.nn.functional.pad(part[3], (0, width - part[3].shape[1])) for part in parts]

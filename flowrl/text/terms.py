@@ -5,15 +5,16 @@ Letters: n answers of a micro-batch, T tokens.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from flowrl.config import Config
-from flowrl.core.regularizers import EntropyController, categorical_kl_estimate, entropy_bonus
+from flowrl.core.regularizers import EntropyController, EntropyHistory, categorical_kl_estimate, entropy_band, entropy_bonus
 from flowrl.text.answers import Answers
-from flowrl.text.objectives import Batch
+from flowrl.text.batch import Batch
+from flowrl.text.mixed import KlConvexTerm
 from flowrl.text.parts import Part, Stateless
 
 __all__ = ["Term", "make_terms"]
@@ -93,11 +94,76 @@ class EntropyTerm(_Base):
             self.controller = EntropyController(**state)  # type: ignore[arg-type]
 
 
+class BandTerm(_Base):
+    """EPO's price of an entropy outside of the band around its history, entropy.weight times entropy.band times the distance; see `entropy_band`.
+
+    The history has a mean for each turn of an agent, the last of them for all later turns; it learns after the updates of an iteration.
+
+    Args of ``entropy.args``:
+        low, high: of the band, times the mean. form: hinge, or step as released, which has no gradient. start: share of training.iterations before it begins.
+    State: sums and counts of the entropies of each turn.
+    """
+
+    name: ClassVar[str] = "entropy/band"
+    columns = frozenset({"entropy"})
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.low, self.high, self.form, self.start = band_arguments(**config.entropy.args)
+        self.history = EntropyHistory.empty(NUM_TURNS)
+        self._seen: EntropyHistory | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        entropy, mask, turns = batch.out.columns["entropy"], batch.decisions.mask, batch.answers.completions.turn
+        turn = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device) if turns is None else batch.of(turns).clamp(0, NUM_TURNS - 1)
+        seen = self._seen or EntropyHistory(*(torch.zeros(NUM_TURNS, dtype=torch.float64, device=mask.device) for _ in range(2)))
+        self._seen = seen.updated(entropy, turn, mask)
+        e, started = self.config.entropy, batch.answers.iteration > self.start * self.config.training.iterations
+        mean = self.history.means().to(mask.device)[turn] if started else torch.zeros_like(entropy)
+        penalty = entropy_band(entropy, mean, low=self.low, high=self.high, weight=e.band, form=self.form)
+        return e.weight * penalty, penalty.detach()
+
+    def finish(self, answers: Answers) -> None:
+        seen = self._seen or EntropyHistory.empty(NUM_TURNS)
+        totals, counts = (torch.tensor([answers.add(value) for value in part.tolist()], dtype=torch.float64) for part in (seen.totals, seen.counts))
+        self.history = EntropyHistory(self.history.totals + totals, self.history.counts + counts)
+        self._seen = None
+
+    def state_dict(self) -> dict[str, object]:
+        return {**self.history.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = EntropyHistory(state["totals"], state["counts"])
+
+
+NUM_TURNS = 16
+"""Turns with an entropy history of their own."""
+
+
+def band_arguments(
+    low: float = 0.8, high: float = 1.2, form: Literal["hinge", "step"] = "hinge", start: float = 0.5
+) -> tuple[float, float, Literal["hinge", "step"], float]:
+    """What ``entropy.args`` holds with ``entropy.band``, see `BandTerm`.
+
+    Raises:
+        ValueError: bounds that are no band about 1, an unknown form, or a share that is none.
+    """
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(f"the band {low} to {high} times the mean does not hold the mean")
+    if form not in ("hinge", "step"):
+        raise ValueError(f"unknown form {form}; use hinge or step")
+    if not 0 <= start < 1:
+        raise ValueError(f"start is {start}, and the share of the iterations before the band is in [0, 1)")
+    return low, high, form, start
+
+
 def make_terms(config: Config) -> list[Term]:
     """The terms that a config asks for."""
     terms: list[Term] = []
     if config.kl.weight > 0 and config.kl.place == "loss":
-        terms.append(KlTerm(config))
+        terms.append(KlConvexTerm(config) if config.objective.name == "remix" else KlTerm(config))
     if config.entropy.weight != 0 or config.entropy.target is not None:
         terms.append(EntropyTerm(config))
+    if config.entropy.band > 0:
+        terms.append(BandTerm(config))
     return terms

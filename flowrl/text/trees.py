@@ -5,8 +5,8 @@ Letters: B answers, T tokens, D depths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from flowrl.text.advantages import summed_moments
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.text.rolled import Path, Rolled, collected, continuation_tokens
+from flowrl.text.sources import Asked
 from flowrl.text_sections import TreeConfig
-from flowrl.types import Prompt
 
 if TYPE_CHECKING:
     from flowrl.policies.causal_lm import CausalLmPolicy
@@ -43,18 +43,20 @@ class TreeRollout(Stateless):
         """As they come."""
         return fresh
 
-    def meet(self) -> None:
+    def meet(self, gather: Callable[[Any], list[Any]]) -> None:
         """Nothing is shared."""
 
-    def __call__(self, prompts: Sequence[Prompt], indices: Sequence[int], numbers: Sequence[int], iteration: int) -> Rolled:
-        encoded, size, limit = self.policy.encode(prompts), self.config.rollout.group_size, self.config.generation.max_new_tokens
+    def __call__(self, asked: Asked, counts: Sequence[int]) -> Rolled:
+        prompts, numbers, iteration = asked.prompts, asked.numbers, asked.iteration
+        encoded, limit = self.policy.encode(prompts), self.config.generation.max_new_tokens
         self._nodes, self._sampled = 0, 0
         leaves: list[list[Path]] = [[] for _ in prompts]
         live = [[Path([], [], [self._node()])] for _ in prompts]
         depth = 0
         while any(live):
             draws = [generator(self.config.seed, "tree", iteration, number, depth) for number in numbers]
-            forked = [_forked(paths, size - len(done), self.tree, depth, draw) if paths else [] for paths, done, draw in zip(live, leaves, draws, strict=True)]
+            now = zip(live, leaves, counts, draws, strict=True)
+            forked = [_forked(paths, size - len(done), self.tree, depth, draw) if paths else [] for paths, done, size, draw in now]
             depth += 1
             grown = self._grow(encoded, forked, min(limit, depth * self.tree.segment), draws)
             for number, paths in enumerate(grown):
@@ -64,7 +66,7 @@ class TreeRollout(Stateless):
                 leaves[number] += [path for path, is_over in zip(paths, over, strict=True) if is_over]
                 live[number] = [path for path, is_over in zip(paths, over, strict=True) if not is_over]
         draws = [generator(self.config.seed, "tree", iteration, number, "again") for number in numbers]
-        again = [_again(done, size - len(done), self.tree.segment, draw) for done, draw in zip(leaves, draws, strict=True)]
+        again = [_again(done, size - len(done), self.tree.segment, draw) for done, size, draw in zip(leaves, counts, draws, strict=True)]
         if any(again):
             for done, more in zip(leaves, self._grow(encoded, again, limit, draws), strict=True):
                 done += more

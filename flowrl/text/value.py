@@ -47,6 +47,8 @@ class ValueHead:
         hidden: H. seed: of the run.
     """
 
+    needs: frozenset[str] = frozenset()
+
     def __init__(self, config: ValueConfig, hidden: int, accelerator: Accelerator, seed: int) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         first, last = nn.Linear(hidden, config.hidden), nn.Linear(config.hidden, 1)
