@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowrl.core.allocation import knapsack, useful_groups, xrpo_round
-from flowrl.core.curriculum import BetaTable, ShuffledCycle, failure_priority, mixed_batch, nearest_to_target, variance_score
+from flowrl.core.curriculum import BetaTable, ShuffledCycle, difficulty_ramp, failure_priority, mixed_batch, nearest_to_target, variance_score
 from flowrl.core.outcomes import SuccessRates, Tally, draw
 from flowrl.data import GroupSampler
 from flowrl.seeds import generator
@@ -496,6 +496,28 @@ class Variance(_Rates):
         self.scores, self.seen = torch.tensor(state["scores"], dtype=torch.float64), state["seen"]
 
 
+class Ramp(Uniform):
+    """Prompts that stand in the data from easy to hard: a growing share of them, from the start, may be asked (ZeroSearch's ramp, arXiv:2505.04588).
+
+    Args:
+        start, end: shares in (0, 1]. iterations: from the first to the last. base: see `difficulty_ramp`.
+    """
+
+    def __init__(self, start: float = 0.25, end: float = 1.0, iterations: int = 100, base: float = 4.0) -> None:
+        if not 0 < start <= 1 or not 0 < end <= 1 or iterations < 0:
+            raise ValueError("start and end must be in (0, 1], iterations not negative")
+        difficulty_ramp(0, 1, start=start, end=end, base=base)
+        self.start, self.end, self.iterations, self.base = start, end, iterations, base
+
+    def ask(self, iteration: int, number: int, groups: Sequence[Group]) -> Order:
+        b = self.budget
+        share = difficulty_ramp(iteration - 1, self.iterations, start=self.start, end=self.end, base=self.base)
+        open_prompts = min(b.num_prompts, max(1, math.ceil(share * b.num_prompts - 1e-9)))
+        whole, part = divmod(b.groups, open_prompts)
+        drawn = torch.randperm(open_prompts, generator=generator(b.seed, "allocation", iteration))[:part]
+        return self.even([*list(range(open_prompts)) * whole, *drawn.tolist()])
+
+
 ALLOCATORS: dict[str, Callable[..., Allocator]] = {
     "uniform": Uniform,
     "drop": Drop,
@@ -507,4 +529,5 @@ ALLOCATORS: dict[str, Callable[..., Allocator]] = {
     "variance": Variance,
     "curriculum": Curriculum,
     "priority": Priority,
+    "ramp": Ramp,
 }

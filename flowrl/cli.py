@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -206,14 +206,17 @@ def sample(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PNG files go; must be new or empty.")] = Path("samples"),
     num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the run's, or 20")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=1, help="1 = off.", show_default="the run's, or 1")] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
+    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt", "--answers-per-prompt", min=1)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16.", show_default="the run's, or by the device")] = None,
 ) -> None:
-    """Draw pictures with a base model or with a run's tuned weights."""
+    """Draw pictures, or let a language model answer, with a base model or with a run's tuned weights."""
     from flowrl.data import load_prompts
     from flowrl.sections import EvaluationConfig, ModelConfig
     from flowrl.types import UserError
 
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: use float32, bfloat16 or float16")
     every_text = list(texts or []) + ([prompt.text for prompt in load_prompts(prompts)] if prompts else [])
     if not every_text:
         raise UserError("give a PROMPT or --prompts FILE (see flowrl sample --help)")
@@ -234,8 +237,15 @@ def sample(
         guidance_scale or defaults.guidance_scale,
         seed,
         images_per_prompt,
+        cast("Any", dtype),
     )
-    typer.echo(f"{len(files)} pictures in {out}")
+    if files[0].suffix == ".jsonl":
+        for line in files[0].read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            typer.echo(f"{found['prompt']}\n  {found['answer']}" + ("" if found["finished"] else " ..."))
+        typer.echo(f"answers in {files[0]}")
+    else:
+        typer.echo(f"{len(files)} pictures in {out}")
 
 
 @app.command(

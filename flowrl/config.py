@@ -49,6 +49,7 @@ from flowrl.text_sections import (
     AllocationConfig,
     EntropyConfig,
     EnvironmentConfig,
+    PairingConfig,
     PartialConfig,
     PluginConfig,
     TokenCreditConfig,
@@ -96,6 +97,7 @@ class Config(Section):
     environment: EnvironmentConfig | None = None
     tree: TreeConfig | None = None
     partial: PartialConfig | None = None
+    pairing: PairingConfig = PairingConfig()
     selection: SelectionConfig = SelectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     kl: KLConfig = KLConfig()

@@ -82,7 +82,7 @@ OBJECTIVE_NAMES: dict[str, ObjectiveEntry] = {
     "nft": ObjectiveEntry(f"{_OBJECTIVES}:nft", ("matching",), needs=("negative_log_prob",), takes_ratio=False, above_zero=("scale",)),
     "rover": ObjectiveEntry(f"{_GATES}:rover", _TOKEN, needs=("next_value",), above_zero=("kappa",)),
     "token_nft": ObjectiveEntry(f"{_GATES}:token_nft", _TOKEN, needs=("success_rate",)),
-    "rl_plus_off_policy": ObjectiveEntry(f"{_GATES}:rl_plus_off_policy", _TOKEN, needs=("is_foreign",)),
+    "rl_plus_off_policy": ObjectiveEntry(f"{_GATES}:rl_plus_off_policy", _TOKEN, needs=("is_foreign",), clips=True, surrogate=True),
     "chord": ObjectiveEntry("flowrl.text.mixed:chord", _TOKEN, needs=("is_expert", "iteration", "own_scale", "expert_scale"), clips=True),
     "remix": ObjectiveEntry("flowrl.text.mixed:remix", _TOKEN, needs=("proximal_log_prob",), clips=True),
     "lp_reg": ObjectiveEntry(

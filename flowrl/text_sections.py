@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from flowrl.sections import Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text, reward_entries
+from flowrl.sections import Flag, Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text, reward_entries
 
 __all__ = [
     "AllocationConfig",
     "EntropyConfig",
     "EnvironmentConfig",
+    "GuideConfig",
+    "PairingConfig",
     "PartialConfig",
     "PluginConfig",
     "TokenCreditConfig",
@@ -76,7 +78,9 @@ class EnvironmentConfig(Section):
     name: Text = Field(description="an environment of flowrl, module:attribute, or path/to/file.py:attribute")
     args: dict[str, Any] = Field(default_factory=dict, description="its arguments")
     max_turns: PositiveInt = Field(8, description="of an episode; the environment may end it earlier")
-    max_tokens: PositiveInt = Field(1024, description="of an episode after its prompt, the environment's too; one that has as many is cut")
+    max_tokens: PositiveInt | None = Field(
+        None, description="of an episode after its prompt, the environment's too; one that has as many is cut; null = what the model's context leaves"
+    )
     reply: Text | None = Field(
         None,
         description="how the environment's words are written, with {observation} in it; null = as a user's in the chat template, or on a line of their own",
@@ -105,3 +109,23 @@ class AllocationConfig(Section):
     samples: tuple[PluginConfig, ...] = Field((), description="answers that are put into groups, in this order, see flowrl/text/rounds.py")
 
     _shorthand = field_validator("samples", mode="before")(plugin_entries)
+
+
+class GuideConfig(Section):
+    """TGDPO's guide: a model trained with DPO says which tokens made the difference, see `flowrl.core.pair_tokens.guide_weights`."""
+
+    path: Text = Field(description="a folder or a hub id: a model with the same tokenizer")
+    alpha: NonNegativeFloat = Field(0.5, description="how much a token's log-ratio of guide and reference moves its weight; 0 = all weigh 1")
+    limits: tuple[Float, Float] | None = Field(None, description="lowest and highest weight; null = as released, where a weight may be negative")
+
+
+class PairingConfig(Section):
+    """Which answers of a group become pairs, for objectives of pairs; stored pairs (`data.pairs`) are what they are. See docs/text_preferences.md."""
+
+    rule: Literal["best_worst", "best_random", "all", "threshold", "random", "levels"] = Field("best_worst", description="see flowrl/core/pairing_rules.py")
+    threshold: NonNegativeFloat = Field(0.0, description="rule threshold: rewards of a pair differ by more than this")
+    cap: PositiveInt | None = Field(None, description="most pairs of a group, drawn; null = all, or one with the rule random; no effect on best_worst, best_random")
+    levels: tuple[Float, ...] = Field((), description="rule levels, and trpa: falling rewards; from the first upwards is level 1, from the second level 2, ...")
+    skip_shared: Flag = Field(False, description="only what follows after the tokens that both answers begin with counts: pairs of turns or steps (REFUEL)")
+    guide: GuideConfig | None = None
+    revision: Text = Field("Improve your answer.", description="srpo: what a user says after a draft")

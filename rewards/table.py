@@ -44,6 +44,7 @@ REWARDS: dict[str, str] = {
     "format": "rewards.text_form:AnswerFormat",
     "length": "rewards.text_form:LengthPenalty",
     "repetition": "rewards.text_form:RepetitionPenalty",
+    "episode": "rewards.episode:EpisodeReward",
     "code_tests": "rewards.code_tests:CodeTests",
     "reward_model": "rewards.reward_model:RewardModel",
     # of other rewards

@@ -302,9 +302,9 @@ def test_a_prompt_is_compared_with_what_it_scored_before():
     assert_values(call(resumed, [5, 7, 0, 0], [7, 9]), second)
     # an invalid sample is not remembered: 7 has 3, 5, 7, 9, mean 6
     assert_values(call(assigner, [9, NAN, 0, 0], [7, 9]), [3 / math.sqrt(5), 0, 0, 0])
-    with pytest.raises(UserError, match="disagree on whether rewards of prompts are remembered"):
+    with pytest.raises(UserError, match="disagree on whether rewards are remembered"):
         Assigner(config).load_state_dict(None)
-    with pytest.raises(UserError, match="disagree on whether rewards of prompts are remembered"):
+    with pytest.raises(UserError, match="disagree on whether rewards are remembered"):
         Assigner(config_of()).load_state_dict(state)
     assert Assigner(config_of()).state_dict() is None
     Assigner(config_of()).load_state_dict(None)

@@ -209,8 +209,22 @@ def test_sample_draws_with_the_settings_of_the_run(monkeypatch: pytest.MonkeyPat
     out = tmp_path / "out"
     calls = stand_in(monkeypatch, "flowrl.sampling", "sample_to_folder", [out / "0.png"])
     assert main(["sample", "one", "--prompts", str(tmp_path / "p.txt"), "--run", str(run), "--out", str(out), "--seed", "5"]) == 0
-    assert calls == [("flowrl:tiny-sd3", ["one", "two", "three"], out, run, "last", 20, 1.0, 5, 1)]
+    assert calls == [("flowrl:tiny-sd3", ["one", "two", "three"], out, run, "last", 20, 1.0, 5, 1, None)]
     assert capsys.readouterr().out == f"1 pictures in {out}\n"
+
+
+def test_sample_refuses_an_unknown_dtype(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "new")
+    assert failure(capsys, "sample", "a", "--out", out, "--dtype", "int8") == ["error: --dtype int8: use float32, bfloat16 or float16"]
+
+
+def test_a_language_model_answers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "answers"
+    assert main(["sample", "Tom has 3 apples.", "--model", "flowrl:tiny-lm", "--out", str(out), "--answers-per-prompt", "2", "--dtype", "bfloat16"]) == 0
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["Tom has 3 apples."] * 2
+    assert lines[0]["answer"] != lines[1]["answer"]
+    assert f"answers in {out / 'answers.jsonl'}" in capsys.readouterr().out
 
 
 def test_sample_never_mixes_with_what_is_already_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

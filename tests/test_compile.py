@@ -165,3 +165,23 @@ def test_no_block_falls_back_for_the_number_of_its_graphs(pipeline: Path, graphs
     policy.velocity()(*rows(policy, 5))
     assert len(graphs) == blocks
     assert counters["frames"]["total"] == counters["frames"]["ok"] > 8
+
+
+def test_filled_rows_change_nothing_but_the_number_of_shapes(pipeline: Path) -> None:
+    settings = {"path": str(pipeline), "adapter": "lora", "lora": {"rank": 4, "alpha": 8.0}, "max_sequence_length": 0}
+    torch.manual_seed(0)
+    plain = make_policy(ModelConfig(**settings), CPU)
+    torch.manual_seed(0)
+    filled = make_policy(ModelConfig(**settings, pad_rows=True), CPU)
+    shapes: set[int] = set()
+    filled.network.register_forward_pre_hook(lambda module, args, kwargs: shapes.add(len(kwargs["hidden_states"])), with_kwargs=True)
+    for count in (1, 3, 4, 5, 7):
+        x, sigma = torch.randn(count, *plain.latent_shape), torch.rand(count, dtype=torch.float64)
+        ours, theirs = (policy.velocity()(x, sigma, policy.prompt_rows(PROMPTS)[torch.arange(count) % 2]) for policy in (plain, filled))
+        torch.testing.assert_close(ours, theirs, **FP32)
+        assert len(theirs) == count
+        grads = [torch.autograd.grad(ours.square().sum(), plain.trainable()), torch.autograd.grad(theirs.square().sum(), filled.trainable())]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, **FP32)
+    assert shapes == {1, 4, 8}
+    assert (filled.rows.forward, filled.rows.padding, plain.rows.padding) == (20, 0 + 1 + 0 + 3 + 1, 0)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import logsigmoid
 
+from flowrl.core.pair_losses import PAIR_LOSSES, PAIR_NEEDS
 from flowrl.core.pair_terms import log_ratios, measured, per_token, smoothed
 from flowrl.types import Objective, Pairs
 
@@ -103,6 +104,7 @@ def rpo(pairs: Pairs, *, beta: float, margin: float, sft_weight: float, label_sm
     return measured(pairs, loss, beta, chosen, rejected)
 
 
-PAIR_OBJECTIVES: dict[str, Callable[..., Objective]] = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "rpo": rpo}
+PAIR_OBJECTIVES: dict[str, Callable[..., Objective]] = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "rpo": rpo, **PAIR_LOSSES}
+"""All pair losses, of pictures and of text; which of them judge which: flowrl/objective_names.py."""
 
-NEEDS_REFERENCE = frozenset({"dpo", "ipo", "rpo"})
+NEEDS_REFERENCE = frozenset(name for name, needs in PAIR_NEEDS.items() if "reference" in needs)

@@ -20,6 +20,7 @@ from flowrl.engines.base import Awaited, Data, Known, Setting, gathered_samples,
 from flowrl.estimation import Estimator
 from flowrl.reward_metrics import join_scores
 from flowrl.seeds import generator
+from flowrl.text.agents import EpisodeRollout
 from flowrl.text.answers import Answers, measure
 from flowrl.text.credit import CREDITS
 from flowrl.text.evaluation import TextEvaluation, TextEvaluator, on_cpu
@@ -96,7 +97,8 @@ class TextEngine:
 
     @staticmethod
     def needs_reference(config: Config) -> bool:
-        return config.kl.weight > 0 or "reference" in make_objective(config).needs
+        shapers = [make_part("shaping", SHAPERS, part.name, part.args) for part in config.shaping]
+        return config.kl.weight > 0 or any("reference" in part.needs for part in (make_objective(config), *shapers))
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config
@@ -356,7 +358,9 @@ class TextEngine:
     def make_evaluator(
         config: Config, policy: Any, splits: Mapping[str, Sequence[Prompt]], rewards: WeightedRewards, accelerator: Accelerator, num_steps: int, seed: int
     ) -> TextEvaluator:
-        return TextEvaluator(policy, splits, rewards, config.generation, greedy=config.evaluation.greedy, seed=seed, accelerator=accelerator)
+        episodes = None if config.environment is None else EpisodeRollout(config, policy, list(splits.values()))
+        greedy = config.evaluation.greedy
+        return TextEvaluator(policy, splits, rewards, config.generation, greedy=greedy, seed=seed, accelerator=accelerator, episodes=episodes)
 
     def evaluate(self, split: str, number: int, guidance_scale: float, keep: int) -> TextEvaluation:
         return self.evaluator(split, number, guidance_scale, keep)

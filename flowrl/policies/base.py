@@ -234,10 +234,15 @@ class DiffusionPolicy(TrainedPolicy):
     def _forward(self, x: Tensor, sigma: Tensor, prompt_row: Tensor) -> Tensor:
         if self.company is not None:
             self.company.turn()
+        count = len(x)
+        if self.config.pad_rows:
+            filled = torch.arange(1 << (count - 1).bit_length()).clamp_max(count - 1)  # the last row, again and again
+            x, sigma, prompt_row = x[filled.to(x.device)], sigma[filled.to(sigma.device)], prompt_row[filled.to(prompt_row.device)]
+            self.rows.padding += len(x) - count
         with self._autocast():
-            out = self.predict(self._module(), x.to(self.device), sigma, self.prompts.take(prompt_row))
-        self.rows.forward += len(x)
-        self.rows.backward += len(x) if torch.is_grad_enabled() else 0
+            out = self.predict(self._module(), x.to(self.device), sigma, self.prompts.take(prompt_row))[:count]
+        self.rows.forward += count
+        self.rows.backward += count if torch.is_grad_enabled() else 0
         return out.float()
 
     def velocity(self, guidance_scale: float = 1.0) -> Velocity:

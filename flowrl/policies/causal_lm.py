@@ -39,6 +39,7 @@ _OF_IMAGES = (
     "width",
     "max_sequence_length",
     "guidance",
+    "pad_rows",
     "text_encoders",
     "prompt_storage",
     "prompt_folder",
@@ -109,17 +110,20 @@ class TokenNetwork(nn.Module):
 def _logit_settings(model: Any) -> tuple[float, float | None]:
     """Scale and soft cap of the logits, those of the model's config with which they are the model's own."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    ids = torch.arange(1, 5, device=model.device)[None] % config.vocab_size
     if head is not None:
+        ids = torch.arange(1, 5, device=model.device)[None] % config.vocab_size
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        inverse = 1 / getattr(config, "logits_scaling", 1.0)
-        scales = (1.0, getattr(config, "logit_scale", None), inverse, 1 / inverse, getattr(config, "lm_head_multiplier", None))
-        tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
-        for scale, cap in product(scales, (None, getattr(config, "final_logit_softcapping", None))):
-            ours = OutputHead(head, scale or 1.0, cap)(hidden).float()
-            if float((ours - theirs).abs().max()) <= tolerance * max(1e-3, float(theirs.abs().max())):
-                return scale or 1.0, cap
+        divisor = getattr(config, "logits_scaling", 1.0)  # Granite divides by it, HyperCLOVA multiplies
+        scales = (getattr(config, "logit_scale", None) or 1.0, 1 / divisor, divisor, getattr(config, "lm_head_multiplier", None) or 1.0, 1.0)
+        caps = (getattr(config, "final_logit_softcapping", None), None)
+
+        def error(settings: tuple[float, float | None]) -> float:
+            return float((OutputHead(head, *settings)(hidden).float() - theirs).abs().max())
+
+        best = min(product(scales, caps), key=error)
+        if error(best) <= (1e-4 if model.dtype == torch.float32 else 0.02) * max(1e-3, float(theirs.abs().max())):
+            return best
     raise UserError(f"model.path: {type(model).__name__} makes its logits in a way that flowrl does not know; only its hidden states times its head are")
 
 

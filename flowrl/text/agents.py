@@ -107,27 +107,37 @@ class EpisodeRollout(Stateless):
     """Episodes of the run's environment as answers. Their own reward, the sum of their steps', stands in the metadata ``episode_reward`` of the prompts that
     rewards see; the reward ``episode`` reads it. The episodes of a group begin in the same state.
 
+    Args:
+        prompts: sets of them that will be asked.
     Raises:
         UserError: the environment cannot be made or used with a prompt, or an episode would not fit into the model's context.
     """
 
-    def __init__(self, config: Config, policy: CausalLmPolicy) -> None:
+    def __init__(self, config: Config, policy: CausalLmPolicy, prompts: Sequence[Sequence[Prompt]]) -> None:
         assert config.environment is not None
         self.config, self.policy, self.settings = config, policy, config.environment
         self.make = load_environment(self.settings.name, self.settings.args)
+        self.max_tokens = self.settings.max_tokens
+        for some in prompts:
+            self._check(some)
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Before any work starts."""
-        check: Callable[[Sequence[Prompt]], None] | None = getattr(self.make(), "check_prompts", None)
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        """Before any work starts: whether the environment can work with prompts, and how long an episode may become."""
+        made = self.make()
+        check: Callable[[Sequence[Prompt]], None] | None = getattr(made, "check_prompts", None)
         if check is not None:
             check(prompts)
-        longest = max(map(len, self.policy.encode(prompts)))
-        needed = longest + self.settings.max_tokens + self.config.generation.max_new_tokens
-        if self.policy.context is not None and needed > self.policy.context:
+        if self.policy.context is None:
+            return
+        longest = max(len(self._prompt(prompt, made.reset(prompt, 0))) for prompt in prompts)
+        room, turn = self.policy.context - longest, self.config.generation.max_new_tokens
+        if room < turn + (self.settings.max_tokens or 1):
+            asked = "" if self.settings.max_tokens is None else f"{self.settings.max_tokens} tokens of an episode before its last turn and "
             raise UserError(
-                f"environment.max_tokens: a prompt of {longest} tokens, {self.settings.max_tokens} of an episode and generation.max_new_tokens, "
-                f"{self.config.generation.max_new_tokens}, are more than the model's context of {self.policy.context}; lower one of them"
+                f"environment.max_tokens: a prompt of {longest} tokens leaves {room} of the model's context of {self.policy.context}, and {asked}"
+                f"{turn} of a turn (generation.max_new_tokens) are asked for; lower them"
             )
+        self.max_tokens = min(self.max_tokens or room, room - turn)
 
     def groups(self, fresh: list[int]) -> list[int]:
         """As they come."""
@@ -174,7 +184,7 @@ class EpisodeRollout(Stateless):
             lambda tokens: self.policy.decode([tokens])[0],
             self.settings.max_turns,
             seed=0,
-            max_tokens=self.settings.max_tokens,
+            max_tokens=self.max_tokens,
             pad_token=self.policy.pad,
             encode_prompt=self._prompt,
         )

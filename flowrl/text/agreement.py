@@ -17,6 +17,7 @@ from flowrl.text.factors import FACTORS
 from flowrl.text.objectives import TOKEN_OBJECTIVES
 from flowrl.text.parts import part_problems
 from flowrl.text.rollouts import rollout_disagreements
+from flowrl.text.sample_agreement import sample_disagreements
 from flowrl.text.shaping import SHAPERS
 from flowrl.text.terms import band_arguments
 
@@ -28,7 +29,7 @@ __all__ = ["only_of_text", "token_disagreements"]
 _TOKEN_KL: tuple[str, ...] = get_args(KlKind)
 _OF_PICTURES = ("credit", "selection", "matching", "anchor", "direct", "layer_tuning")
 _OF_STEPS = (("step_weight", "none"), ("dynamic_clip", 0.0))
-_OF_TEXT = ("generation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial")
+_OF_TEXT = ("generation", "allocation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial")
 _USED_OF_ROLLOUT = ("groups_per_iteration", "group_size")
 _SQUARED = ("reg_grpo", "gvpo", "rover", "kimi")
 """Squared losses, which have no bounds to clip."""
@@ -81,6 +82,7 @@ def token_disagreements(config: Config) -> Iterator[str]:
     yield from part_problems("token_credit", CREDITS, config.token_credit.name, config.token_credit.args)
     for part in config.shaping:
         yield from part_problems("shaping", SHAPERS, part.name, part.args)
+    yield from sample_disagreements(config)
     for part in config.tokens.weights:
         yield from part_problems("tokens.weights", FACTORS, part.name, part.args)
 

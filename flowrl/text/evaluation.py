@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowrl.sections import GenerationConfig
-from flowrl.seeds import generator
+from flowrl.seeds import derive_seed, generator
 from flowrl.statistics import mean_ci95
 from flowrl.tracking import replace_file
 from flowrl.types import Completions, Prompt, SampleBatch, UserError
@@ -23,6 +23,7 @@ from rewards.composite import WeightedRewards
 
 if TYPE_CHECKING:
     from flowrl.policies.causal_lm import CausalLmPolicy
+    from flowrl.text.agents import EpisodeRollout
 
 __all__ = ["TextEvaluation", "TextEvaluator", "on_cpu"]
 
@@ -79,9 +80,10 @@ class TextEvaluator:
         greedy: bool,
         seed: int,
         accelerator: Accelerator,
+        episodes: EpisodeRollout | None = None,
     ) -> None:
         self.policy, self.splits, self.rewards, self.generation = policy, splits, rewards, generation
-        self.greedy, self.seed, self.accelerator = greedy, seed, accelerator
+        self.greedy, self.seed, self.accelerator, self.episodes = greedy, seed, accelerator, episodes
 
     def __call__(self, split: str, number: int, guidance_scale: float, keep: int) -> TextEvaluation:
         """Answer i always has prompt i mod (number of prompts) and the same random numbers, whatever the policy, batch size and number of processes.
@@ -96,9 +98,8 @@ class TextEvaluator:
         found: list[tuple[int, str, dict[str, float], dict[str, str]]] = []
         for chunk in self.policy.in_step_through(chunks):
             asked = [prompts[i] for i in chunk]
-            generators = [generator("eval", self.seed, split, i) for i in chunk]
-            answers = self.policy.generate(self.policy.encode(asked), [1] * len(chunk), self.generation, generators, greedy=self.greedy)
-            scores = self.rewards.score(SampleBatch(asked, texts=answers.texts, group=torch.tensor(chunk) % len(every)))
+            answers, shown = self._answers(asked, split, chunk)
+            scores = self.rewards.score(SampleBatch(shown, texts=answers.texts, group=torch.tensor(chunk) % len(every)))
             for j, i in enumerate(chunk):
                 values = {name: scores[name].values[j].item() for name in self.rewards.names}
                 problems = {name: scores[name].problems[j] for name in self.rewards.names if j in scores[name].problems}
@@ -110,6 +111,20 @@ class TextEvaluator:
         columns = {name: torch.tensor([row[2][name] for row in found]) for name in self.rewards.names}
         reasons = {name: {row[0]: row[3][name] for row in found if name in row[3]} for name in columns}
         return TextEvaluation(prompts, [row[1] for row in found], columns, keep, self.rewards.optional, reasons)
+
+    def _answers(self, asked: Sequence[Prompt], split: str, numbers: Sequence[int]) -> tuple[Completions, Sequence[Prompt]]:
+        """Answers to prompts, and what rewards see of the prompts."""
+
+        def draw(place: int, member: int | None = None, turn: int = 0) -> torch.Generator:
+            return generator("eval", self.seed, split, numbers[place], *([turn] if turn else []))
+
+        counts = [1] * len(asked)
+        if self.episodes is None:
+            draws = [draw(place) for place in range(len(asked))]
+            return self.policy.generate(self.policy.encode(asked), counts, self.generation, draws, greedy=self.greedy), asked
+        seeds = [derive_seed("eval", self.seed, "environment", split, i) for i in numbers]
+        rolled = self.episodes.play(asked, counts, seeds, draw, greedy=self.greedy)
+        return rolled.completions, asked if rolled.shown is None else rolled.shown
 
 
 def on_cpu(completions: Completions) -> Completions:

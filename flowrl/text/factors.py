@@ -16,8 +16,8 @@ from flowrl.text.answers import Answers
 from flowrl.text.divergence import Divergence
 from flowrl.text.mixed import Resampled
 from flowrl.text.parts import Part, Stateless
-from flowrl.text.value import Fresh
 from flowrl.text.ranks import smallest
+from flowrl.text.value import Fresh
 
 __all__ = ["FACTORS", "Factor"]
 

@@ -61,9 +61,7 @@ def chord(
     return mixed_origin(own, Objective(taught, own.metrics), is_expert)
 
 
-def remix(
-    decisions: Decisions, *, proximal_log_prob: Tensor, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
-) -> Objective:
+def remix(decisions: Decisions, *, proximal_log_prob: Tensor, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> Objective:
     """ReMix's Mix-PPG: the clipped surrogate, whose bounds lie around the ratio that an earlier policy's decision has at the start of the iteration.
 
     Args:

@@ -34,10 +34,7 @@ def make_rollout(
         UserError: an environment cannot be used.
     """
     if config.environment is not None:
-        episodes = EpisodeRollout(config, policy)
-        for some in prompts:
-            episodes.check(some)
-        return episodes
+        return EpisodeRollout(config, policy, prompts)
     if config.tree is not None:
         return TreeRollout(config, policy)
     if config.partial is not None:

@@ -15,6 +15,7 @@ from flowrl.core.preference import NEEDS_REFERENCE, PAIR_OBJECTIVES
 from flowrl.core.regularizers import velocity_penalty
 from flowrl.likelihoods.matching import MatchingLikelihood
 from flowrl.meters import Meters
+from flowrl.objective_names import arguments
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.types import Pairs
 from flowrl.updates.base import Weights, take, weights_of_units
@@ -98,7 +99,8 @@ class PairUpdate:
             mask=torch.ones_like(chosen, dtype=torch.bool),
         )
         o = config.objective
-        objective = PAIR_OBJECTIVES[o.name](pairs, beta=o.beta, margin=o.margin, sft_weight=o.sft_weight, label_smoothing=o.label_smoothing)
+        settings = {"beta": o.beta, "margin": o.margin, "sft_weight": o.sft_weight, "label_smoothing": o.label_smoothing}
+        objective = PAIR_OBJECTIVES[o.name](pairs, **settings, **arguments(o))
         loss, kl = objective.loss[:, 0], None
         if self.reference is not None:
             form = config.kl.form
