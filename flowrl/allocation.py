@@ -183,23 +183,23 @@ class Dynamic(Drop):
     """DAPO's dynamic sampling: rounds of groups until enough are useful. After ``max_rounds`` the iteration trains fewer, which ``groups/short`` counts.
 
     Args:
-        drop: as of `Drop`. max_rounds: of sampling in an iteration. round_groups: groups of a round; null = rollout.groups_per_iteration.
+        drop: as of `Drop`. max_rounds: of sampling in an iteration. factor: groups of a round, times rollout.groups_per_iteration.
         carry: useful groups beyond those needed are trained in the next iteration, with the log-probabilities that they were sampled with; false = they are
             thrown away, as the released code does.
     """
 
     gathers: ClassVar[bool] = True
 
-    def __init__(self, drop: DropKind = "equal", max_rounds: int = 10, round_groups: int | None = None, carry: bool = False) -> None:
+    def __init__(self, drop: DropKind = "equal", max_rounds: int = 10, factor: int = 1, carry: bool = False) -> None:
         super().__init__(drop)
-        if max_rounds < 1 or (round_groups is not None and round_groups < 1):
-            raise ValueError("max_rounds and round_groups must be at least 1")
-        self.max_rounds, self.round_groups, self.carry = max_rounds, round_groups, carry
+        if max_rounds < 1 or factor < 1:
+            raise ValueError("max_rounds and factor must be at least 1")
+        self.max_rounds, self.factor, self.carry = max_rounds, factor, carry
         self.drawn = self.short = self.rounds = 0
 
     def begin(self, budget: Budget) -> None:
         super().begin(budget)
-        self.sampler = GroupSampler(budget.num_prompts, self.round_groups or budget.groups, budget.seed)
+        self.sampler = GroupSampler(budget.num_prompts, self.factor * budget.groups, budget.seed)
 
     def ask(self, iteration: int, number: int, groups: Sequence[Group]) -> Order:
         if len(self._useful(groups)) >= self.budget.groups or number >= self.max_rounds:

@@ -468,7 +468,7 @@ def _print_evaluations(rows: Iterable[Mapping[str, Any]]) -> None:
             change = f"{difference:+.3f}{'*' if apart else ' '}"
         count = (tuned or base or {}).get("n", "")
         lines.append((split, reward, f"{guidance_scale:g}", interval(base), interval(tuned), change, str(count)))
-    print_table(("prompts", "reward", "CFG", "base", "tuned", "change", "images"), lines, numbers_from=2)
+    print_table(("prompts", "reward", "CFG", "base", "tuned", "change", "samples"), lines, numbers_from=2)
     typer.echo("mean ± half of the 95 % confidence interval; * = the intervals of base and tuned do not overlap")
 
 

@@ -49,6 +49,8 @@ def write_readme_figures(run: Path, out: Path, *, split: str | None = None, rewa
     if name not in gallery:
         reason = notes[0] if notes else f"there is no split {name}, only {', '.join(gallery)}"
         raise UserError(f"{run}: no before/after picture can be made: {reason}")
+    if isinstance(gallery[name][0].before, str):
+        raise UserError(f"{run}: no before/after picture can be made of a language model's answers; flowrl report shows them")
     rewards = unique(record["reward"] for record in loaded.evals if is_evaluated(record))
     reward = reward or next(iter(rewards), None)
     if reward not in rewards:
@@ -77,10 +79,15 @@ def write_readme_figures(run: Path, out: Path, *, split: str | None = None, rewa
     return paths
 
 
+def _picture(sample: Image.Image | str) -> Image.Image:
+    assert isinstance(sample, Image.Image)  # a run has samples of one kind
+    return sample
+
+
 def _before_after(pairs: Sequence[Pair], columns: int = 4) -> bytes:
     """A PNG of cards: caption, the two images, their scores."""
     regular, small = (ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size) for size in (13, 12))
-    tile = pairs[0].before.width
+    tile = _picture(pairs[0].before).width
     side = 4 * tile if tile <= 64 else 256
     gap, space, line = 6, 28, 17
     width = 2 * side + gap
@@ -97,7 +104,7 @@ def _before_after(pairs: Sequence[Pair], columns: int = 4) -> bytes:
         for number, (title, image) in enumerate((("before", pair.before), ("after", pair.after))):
             x, y = left + number * (side + gap), top + lines * line + 8
             method = Image.Resampling.NEAREST if side >= tile else Image.Resampling.LANCZOS
-            canvas.paste(image.resize((side, side), method), (x, y))
+            canvas.paste(_picture(image).resize((side, side), method), (x, y))
             score = score_text(pair.scores[0][1 + number]) if pair.scores else ""
             pen.text((x, y + side + 5), f"{title}  {score}", font=small, fill=PRINT["muted"])
     buffer = io.BytesIO()

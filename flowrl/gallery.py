@@ -1,4 +1,4 @@
-"""The images of a run before and after training, prompt by prompt, cut from the sample grids that it saved."""
+"""The samples of a run before and after training, prompt by prompt: pictures cut from the grids that it saved, or answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,11 +22,11 @@ MAX_TILE = 320
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The same prompt and seed before and after training; scores are (reward, before, after)."""
+    """The same prompt and seed before and after training, two pictures or two texts; scores are (reward, before, after)."""
 
     prompt: str
-    before: Image.Image
-    after: Image.Image
+    before: Image.Image | str
+    after: Image.Image | str
     scores: list[tuple[str, float | None, float | None]]
 
 
@@ -44,6 +45,17 @@ def _tiles(folder: Path, split: str) -> tuple[list[str], dict[str, list[float | 
     return prompts, dict(info["scores"]), [grid.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
+def _answers(folder: Path, split: str) -> tuple[list[str], dict[str, list[float | None]], list[str]]:
+    """Prompts, scores and answers that were saved."""
+    lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = {name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]}
+    return [line["prompt"] for line in lines], scores, [line["answer"] for line in lines]
+
+
+def _samples(folder: Path, split: str) -> tuple[list[str], dict[str, list[float | None]], list[Any]]:
+    return _answers(folder, split) if (folder / f"{split}.jsonl").is_file() else _tiles(folder, split)
+
+
 def load_pairs(run: Run) -> tuple[dict[str, list[Pair]], list[str]]:
     """The gallery of each split, and notes on what is missing."""
     if not run.samples:
@@ -53,12 +65,12 @@ def load_pairs(run: Run) -> tuple[dict[str, list[Pair]], list[str]]:
         return {}, [f"Samples were saved at iteration {first} only, so there is nothing to compare yet."]
     notes = [] if first == 0 else [f"Samples of the untrained model are missing: “before” is iteration {first}."]
     gallery: dict[str, list[Pair]] = {}
-    names = [{path.stem for path in run.samples[iteration].glob("*.json")} for iteration in (first, last)]
+    names = [{path.stem for path in run.samples[iteration].glob("*.json*")} for iteration in (first, last)]
     order = {split: rank for rank, split in enumerate(["trained", "train", *run.setting("data.eval", {})])}
     for split in sorted(names[0] | names[1], key=lambda split: (order.get(split, len(order)), split)):
         try:
-            prompts, before_scores, before = _tiles(run.samples[first], split)
-            after_prompts, after_scores, after = _tiles(run.samples[last], split)
+            prompts, before_scores, before = _samples(run.samples[first], split)
+            after_prompts, after_scores, after = _samples(run.samples[last], split)
             if prompts != after_prompts:
                 raise ValueError("the prompts differ between the first and the last iteration")
             shared = [name for name in before_scores if name in after_scores]

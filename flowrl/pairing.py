@@ -29,13 +29,14 @@ from flowrl.tracking import explain_full_disk, refuse_full_folder, replace_file
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
-__all__ = ["PairChoice", "PairCounts", "best_against_worst", "make_pairs", "pairs_from_base", "pairs_from_run", "sample_rollouts"]
+__all__ = ["PairChoice", "PairCounts", "best_against_worst", "make_pairs", "pairs_from_base", "pairs_from_run", "sample_answers", "sample_rollouts"]
 
 Decode = Callable[[Tensor], Tensor]
 """Clean latents [B, L...] -> pictures [B, 3, H, W] in [0, 1] on the CPU."""
 TOTAL = "total"
 """The name of the weighted sum of the rewards."""
 _AGAIN = "make the pairs again"
+_NO_PICTURES = "--images: a language model makes no pictures; leave it out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,9 @@ def _write_one(out: Path, name: str, rollout: SavedRollout, places: tuple[int, i
 
 
 def pairs_from_run(config: Config, out: Path, *, images: bool = False, **choice: Unpack[PairChoice]) -> PairCounts:
-    """`make_pairs` of the run directory ``config.run_dir``; ``images`` decodes with the VAE of its model."""
+    """`make_pairs` of the run directory ``config.run_dir``, or `make_text_pairs`; ``images`` decodes with the VAE of its model."""
+    if config.likelihood == "token":
+        return _text_pairs(Path(config.run_dir), out, images, choice)
     decode: Decode | None = None
     if images:
         refuse_full_folder(out)
@@ -186,6 +189,8 @@ def pairs_from_base(config: Config, out: Path, num_groups: int, *, images: bool 
         num_groups: >= 1; a group is ``rollout.group_size`` samples of one prompt.
     """
     refuse_full_folder(out)
+    if images and config.likelihood == "token":
+        raise UserError(_NO_PICTURES)
     trainer = Trainer(config)
     if trainer.accelerator.num_processes > 1:
         raise UserError("flowrl pairs samples in one process; start it without accelerate launch")
@@ -196,8 +201,34 @@ def pairs_from_base(config: Config, out: Path, num_groups: int, *, images: bool 
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
     with folder as name:
+        if config.likelihood == "token":
+            sample_answers(trainer, Path(name), num_groups)
+            return _text_pairs(Path(name), out, images, choice)
         sample_rollouts(trainer, Path(name), num_groups)
         return make_pairs(Path(name), out, decode=trainer.policy.decode if images else None, **choice)
+
+
+def _text_pairs(run_dir: Path, out: Path, images: bool, choice: PairChoice) -> PairCounts:
+    from flowrl.text_pairing import make_text_pairs  # which reads this file
+
+    if images:
+        raise UserError(_NO_PICTURES)
+    return make_text_pairs(run_dir, out, **choice)
+
+
+def sample_answers(trainer: Trainer, run_dir: Path, num_groups: int) -> None:
+    """`sample_rollouts` of a language model: the answers are kept as a run keeps them."""
+    iteration, engine = 0, trainer.engine
+    while num_groups > 0:
+        iteration += 1
+        indices = engine.groups(iteration)[:num_groups]
+        prompts, numbers = [trainer.prompts[index] for index in indices], list(range(len(indices)))
+        with torch.no_grad():
+            rolled_out, pending = engine.roll_out(prompts, indices, numbers, iteration)
+        scores = join_scores([part.result() for part in pending])
+        with explain_full_disk(run_dir, next_step=_AGAIN):
+            engine.save_rollout(run_dir, engine.keep(iteration, rolled_out, scores, prompts, numbers))
+        num_groups -= len(indices)
 
 
 def sample_rollouts(trainer: Trainer, run_dir: Path, num_groups: int) -> None:

@@ -111,8 +111,9 @@ class TrainingProgress:
         if self._seconds:
             per_iteration = sum(self._seconds) / len(self._seconds)
             yield f"{per_iteration:.2f} s/iteration"
-            if known.get("images", 0) > 0 and per_iteration > 0:  # stored pairs are no images that anybody made
-                yield f"{known['images'] / iteration / per_iteration:.1f} images/s"
+            for made in ("images", "answers"):
+                if known.get(made, 0) > 0 and per_iteration > 0:  # stored pairs are nothing that anybody made
+                    yield f"{known[made] / iteration / per_iteration:.1f} {made}/s"
         if "nfe/used" in known and "nfe/minimum" in known:
             used, minimum = int(known["nfe/used"]), int(known["nfe/minimum"])
             yield f"NFE {used} = minimum" if used == minimum else f"NFE {used}, minimum {minimum}"

@@ -118,7 +118,8 @@ class ModelConfig(Section):
         "off", description="torch.compile of the one network that samples and trains: its repeated blocks (fast to compile), or the whole"
     )
     pad_rows: Flag = Field(
-        False, description="fill every batch of latents up to a power of two, so that compiled graphs and captured CUDA graphs meet few shapes; costs the filling"
+        False,
+        description="fill every batch of latents up to a power of two, so that compiled graphs and captured CUDA graphs meet few shapes; costs the filling",
     )
     tf32: Flag = Field(False, description="float32 matrix products of the process in TF32, on GPUs that have it; nothing changes for bfloat16")
     vae_slicing: Flag = Field(False, description="decode one picture at a time")

@@ -25,7 +25,9 @@ from flowrl.text.answers import Answers, measure
 from flowrl.text.credit import CREDITS
 from flowrl.text.evaluation import TextEvaluation, TextEvaluator, on_cpu
 from flowrl.text.factors import FACTORS
+from flowrl.text.lists import measure_lagged
 from flowrl.text.objectives import make_objective
+from flowrl.text.pairs import PairObjective
 from flowrl.text.parts import Part, make_part
 from flowrl.text.rolled import Rolled
 from flowrl.text.rollouts import make_rollout
@@ -33,10 +35,13 @@ from flowrl.text.rounds import Drawn, Rounds
 from flowrl.text.samples import sampling_tokens
 from flowrl.text.shaping import SHAPERS
 from flowrl.text.sources import Asked
+from flowrl.text.stored_pairs import StoredPairs
 from flowrl.text.terms import make_terms
 from flowrl.text.value import make_value
+from flowrl.text_pairs import TextPairs, load_text_pairs
 from flowrl.tracking import replace_file
 from flowrl.types import Completions, Prompt, SampleBatch, Scores, UserError
+from flowrl.updates.answer_pairs import AnswerPairUpdate
 from flowrl.updates.base import Update
 from flowrl.updates.tokens import TokenUpdate
 from rewards.composite import Pending, WeightedRewards
@@ -93,12 +98,16 @@ class TextEngine:
 
     @staticmethod
     def load_data(config: Config) -> Data:
-        return Data(load_prompts(config.data.train), {name: load_prompts(path) for name, path in config.data.eval.items()})
+        pairs = load_text_pairs(config.data.pairs) if config.data.pairs is not None else None
+        prompts = load_prompts(config.data.train) if pairs is None else pairs.prompts
+        return Data(prompts, {name: load_prompts(path) for name, path in config.data.eval.items()}, pairs)
 
     @staticmethod
     def needs_reference(config: Config) -> bool:
         shapers = [make_part("shaping", SHAPERS, part.name, part.args) for part in config.shaping]
-        return config.kl.weight > 0 or any("reference" in part.needs for part in (make_objective(config), *shapers))
+        objective = make_objective(config)
+        of_pairs = isinstance(objective, PairObjective) and "reference" in objective.anchors
+        return config.kl.weight > 0 or of_pairs or any("reference" in part.needs for part in (objective, *shapers))
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config
@@ -116,8 +125,12 @@ class TextEngine:
         self.objective = make_objective(config)
         self.terms = make_terms(config)
         self.policy.check_generation(config.generation)
-        for prompts in (self.prompts, *self.splits.values()):  # one that does not fit is an error now
+        pairs: TextPairs | None = setting.data.pairs
+        self.stored = None if pairs is None else StoredPairs(pairs, self.policy)
+        for prompts in (*(() if self.stored else (self.prompts,)), *self.splits.values()):  # one that does not fit is an error now
             self.policy.encode(prompts, config.generation)
+        if isinstance(self.objective, PairObjective):
+            self.objective.attach(self.policy, self.stored)
         self.rounds = Rounds(self, self.estimator.bounds)
         self.value = make_value(config, self.policy.hidden_size, self.accelerator)
         every = (self.prompts, *self.splits.values())
@@ -138,6 +151,9 @@ class TextEngine:
     # --- sampling ---
 
     def roll_out(self, prompts: list[Prompt], indices: list[int], numbers: list[int], iteration: int) -> tuple[SampledAnswers, Sequence[Awaited]]:
+        if self.stored is not None:
+            completions, scores = self.stored.read(indices)
+            return SampledAnswers(completions, prompts, indices, 0), [Known(scores)]
         if not self.rounds.plain:
             drawn = self.rounds.draw(Asked(prompts, indices, numbers, iteration))
             return SampledAnswers(drawn.samples.completions, prompts, indices, drawn.answers, drawn), [Known(dict(drawn.samples.scores))]
@@ -234,8 +250,11 @@ class TextEngine:
         )
         if drawn is not None:
             drawn.into(answers)
+        if self.stored is not None:
+            answers.extra["sampling_tokens"] = 0
         if rolled_out.rolled is not None:
             answers.extra |= {"sampling_tokens": rolled_out.rolled.sampled, **rolled_out.rolled.extra}
+            answers.metrics |= rolled_out.rolled.metrics
         answers.extra |= {"value": self.value, "advantage_factor": self.setting.reward_weights.factor}
         return answers
 
@@ -258,6 +277,8 @@ class TextEngine:
             needs |= {"log_prob"}
         self.rounds.observe(answers)
         measure(answers, sorted(needs))
+        if self.config.anchor.weight > 0 and (old := self.setting.old_policy) is not None:
+            measure_lagged(answers, old.applied)
         assigned = self._assign(answers, self.credit, self.estimator)
         if self.value is not None:
             self.value.learn(answers)
@@ -309,7 +330,7 @@ class TextEngine:
             "answer/unfinished": add(float((~c.finished).sum())) / count,
             "answer/empty": int(add(float((answers.lengths == 0).sum()))),
             "answer/trained": add(float((answers.train & answers.valid).sum())) / count,
-            "tokens/sampled": int(tokens),
+            "tokens/sampled": int(tokens) if self.stored is None else 0,
         }
         return metrics | {name: add(value) / self.accelerator.num_processes for name, value in answers.metrics.items()}
 
@@ -318,6 +339,10 @@ class TextEngine:
     ) -> tuple[Update | None, dict[str, Any]]:
         answers = assigned.answers
         self.objective.begin(answers, assigned.advantages)
+        if isinstance(self.objective, PairObjective):
+            old = self.config.old_policy
+            of_pairs = AnswerPairUpdate(self.config, self.policy, answers, self.objective, self.setting.sampling, is_old=old is not None and old.rollout)
+            return of_pairs, {name: int(self.setting.add(value)) for name, value in of_pairs.counts.items()}
         update = TokenUpdate(
             self.config,
             self.policy,
@@ -342,14 +367,14 @@ class TextEngine:
         prompt = torch.tensor([len(tokens) for tokens in answers.completions.prompt_tokens], dtype=torch.int64)
         whole = prompt[answers.completions.group] + answers.completions.length - 1
         sampled = answers.extra.get("sampling_tokens", sampling_tokens(answers.completions))
-        trained = int(whole[assigned.mask.any(1)].sum())
+        trained = answers.extra.get("trained_tokens", int(whole[assigned.mask.any(1)].sum()))
         passes = sum(1 for name in ("log_prob", "reference") if name in answers.measured) * int(whole.sum())
         measured = answers.extra.get("measured_tokens", 0)
         later = int(whole[answers.extra["later"]].sum()) if "later" in answers.extra else 0
         idle = 0
         if idle_rows:
             members = answers.extra["first_unit"]
-            idle = idle_rows // len(members) * int(whole[members].sum())
+            idle = idle_rows // len(members) * answers.extra.get("first_unit_tokens", int(whole[members].sum()))
         return int(self.setting.add(float(sampled + passes + measured + later + 2 * (o.inner_epochs * trained + idle))))
 
     # --- evaluation and state ---

@@ -15,6 +15,7 @@ from flowrl.objective_names import OBJECTIVE_NAMES, argument_problems, arguments
 from flowrl.text.credit import CREDITS
 from flowrl.text.factors import FACTORS
 from flowrl.text.objectives import TOKEN_OBJECTIVES
+from flowrl.text.pair_agreement import pair_disagreements
 from flowrl.text.parts import part_problems
 from flowrl.text.rollouts import rollout_disagreements
 from flowrl.text.sample_agreement import sample_disagreements
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["only_of_text", "token_disagreements"]
 
 _TOKEN_KL: tuple[str, ...] = get_args(KlKind)
-_OF_PICTURES = ("credit", "selection", "matching", "anchor", "direct", "layer_tuning")
+_OF_PICTURES = ("credit", "selection", "matching", "direct", "layer_tuning")
 _OF_STEPS = (("step_weight", "none"), ("dynamic_clip", 0.0))
-_OF_TEXT = ("generation", "allocation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial")
+_OF_TEXT = ("generation", "allocation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial", "pairing")
 _USED_OF_ROLLOUT = ("groups_per_iteration", "group_size")
 _SQUARED = ("reg_grpo", "gvpo", "rover", "kimi")
 """Squared losses, which have no bounds to clip."""
@@ -79,6 +80,7 @@ def token_disagreements(config: Config) -> Iterator[str]:
     if a.centre != "none" and rollout.group_size == 1 and a.centre in ("group", "leave_one_out", "length_weighted", "best_minus_second"):
         yield f"advantage.centre: {a.centre} compares the answers of a group, and rollout.group_size is 1; use batch or ema, or larger groups"
     yield from rollout_disagreements(config)
+    yield from pair_disagreements(config)
     yield from part_problems("token_credit", CREDITS, config.token_credit.name, config.token_credit.args)
     for part in config.shaping:
         yield from part_problems("shaping", SHAPERS, part.name, part.args)

@@ -78,7 +78,8 @@ class TopEntropy(Stateless):
 
 FACTORS: dict[str, Callable[..., Factor]] = {
     "overlong_filter": OverlongFilter,
-    "uncertain": Uncertain, "fresh": Fresh,
+    "uncertain": Uncertain,
+    "fresh": Fresh,
     "top_entropy": TopEntropy,
     "divergence": Divergence,
     "resampled": Resampled,

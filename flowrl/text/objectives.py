@@ -10,13 +10,17 @@ from typing import Any, ClassVar
 
 from flowrl.config import Config
 from flowrl.core.group_gates import GROUP_OBJECTIVES
+from flowrl.core.list_losses import LIST_OBJECTIVES
 from flowrl.core.objectives import OBJECTIVES
+from flowrl.core.preference import PAIR_OBJECTIVES
 from flowrl.objective_names import arguments
 from flowrl.text.batch import Batch, ObjectiveBase, TokenObjective, renumbered
 from flowrl.text.bundles import blended
 from flowrl.text.covariance import ClipCov, KlCov
 from flowrl.text.gated import AnnealedMdpo, Capo, Drpo, LpReg, Rover, TokenNft
+from flowrl.text.lists import ListObjective
 from flowrl.text.mixed import Chord, Remix, RlPlus
+from flowrl.text.pairs import PairObjective
 from flowrl.text.searched_clip import Bapo
 from flowrl.types import Objective
 
@@ -54,6 +58,8 @@ class GroupObjective(ObjectiveBase):
 TOKEN_OBJECTIVES: dict[str, Callable[[Config], TokenObjective]] = {
     **dict.fromkeys(OBJECTIVES, GateObjective),
     **dict.fromkeys(GROUP_OBJECTIVES, GroupObjective),
+    **dict.fromkeys(LIST_OBJECTIVES, ListObjective),
+    **dict.fromkeys(PAIR_OBJECTIVES, PairObjective),
     "drpo": Drpo,
     "annealed_mdpo": AnnealedMdpo,
     "rover": Rover,

@@ -102,7 +102,7 @@ class PairObjective(ObjectiveBase):
         chosen, rejected = sums(d.log_prob)
         assert chosen is not None and rejected is not None
         anchors = [sums(reference), sums(d.old_log_prob if "previous" in self.anchors else None)]
-        length, reward = mask.sum(1, keepdim=True).float(), batch.of(answers.rewards.float())[:, None]
+        length, reward = mask.sum(1, keepdim=True).float(), batch.of(torch.where(answers.valid, answers.rewards, 0.0).float())[:, None]
         better, worse = reward[::2], reward[1::2]
         pairs = Pairs(
             chosen=chosen,
@@ -162,13 +162,12 @@ def choose_pairs(answers: Answers, stored: StoredPairs | None) -> Tensor:
     p, c = answers.config.pairing, answers.completions
     if stored is not None:
         return torch.arange(len(answers)).view(-1, 2)
-    numbers = torch.tensor(list(answers.numbers), dtype=torch.int64)
-    group, places = numbers[answers.group], {int(number): place for place, number in enumerate(numbers.tolist())}
+    numbers = torch.tensor(list(answers.numbers), dtype=torch.int64)  # rising; a draw must not depend on which process has a group
     content: dict[tuple[int, ...], int] = {}
     same = [content.setdefault((int(c.group[i]), *c.tokens[i, : int(c.length[i])].tolist()), len(content)) for i in range(len(answers))]
     winner, loser = make_pairs(
         levels_of(answers.rewards, p.levels) if p.rule == "levels" else answers.rewards,
-        group,
+        numbers[answers.group],
         answers.valid & answers.train & (answers.lengths > 0),
         rule=p.rule,
         threshold=p.threshold,
@@ -178,8 +177,6 @@ def choose_pairs(answers: Answers, stored: StoredPairs | None) -> Tensor:
         content=torch.tensor(same, dtype=torch.int64),
     )
     pairs = torch.stack([winner, loser], 1)
-    order = torch.tensor([places[int(number)] for number in group[winner].tolist()], dtype=torch.int64).argsort(stable=True)
-    pairs = pairs[order]
     rows = pairs.flatten()
     mask = trained_tokens(c.tokens[rows], answers.mask[rows], skip=p.skip_shared)
     keep = comparable(c.tokens[rows[::2]], c.tokens[rows[1::2]], mask[::2], mask[1::2])[:, 0]

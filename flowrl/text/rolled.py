@@ -29,13 +29,14 @@ class Rolled:
     Attributes:
         shown: the prompt of each answer, as rewards see it; None = the group's.
         sampled: tokens that went through the network, in closed form from lengths.
-        extra: what the credit reads, see `Answers.extra`.
+        extra: what the credit reads, see `Answers.extra`. metrics: of this process.
     """
 
     completions: Completions
     sampled: int
     shown: Sequence[Prompt] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Rollout(Part, Protocol):

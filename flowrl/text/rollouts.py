@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["make_rollout", "rollout_disagreements"]
 
 _OF_TURNS = ("gigpo", "igpo", "salt")
-_OWN_BASELINE = {"gae": "the value", "risk": "the bundles", "segments": "the segments' values"}
+_OWN_BASELINE = {"gae": "the values", "risk": "the bundles", "segments": "the segments' values"}
 
 
 def make_rollout(
@@ -51,12 +51,14 @@ def rollout_disagreements(config: Config) -> Iterator[str]:
         yield f"{ways[0]}: answers are sampled either so or by {shown}; leave one out"
     if ways and (config.allocation.name != "uniform" or config.allocation.samples):
         yield f"allocation: it decides what is sampled, and so does {ways[0]}; leave one out"
+    if config.environment is None and any(reward.name == "episode" for reward in config.rewards):
+        yield "rewards: episode is what an environment gives, and there is none; set environment, or choose another reward"
     if credit.name in _OF_TURNS and config.environment is None:
         yield f"token_credit: {credit.name} is of turns in an environment; set environment, or use answer"
     if credit.name == "tree" and config.tree is None:
         yield "token_credit: tree is of answers that fork; set tree, or use token_returns"
     if credit.name == "gae" and config.value is None:
-        yield "token_credit: gae takes off values; set value: {}"
+        yield "token_credit: gae needs values; set value: {}"
     if config.value is not None and credit.name != "gae":
         yield f"value: token_credit: {credit.name} does not read it; use gae, or leave it out"
     if config.partial is not None and credit.name != "gae":

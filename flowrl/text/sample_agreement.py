@@ -35,10 +35,6 @@ def sample_disagreements(config: Config) -> Iterator[str]:
             yield from _problems("shaping", SHAPERS, part.name, part.args)
     if len(sources) < len(a.samples):
         yield "allocation.samples: one of them stands there twice; keep one"
-    gathers = a.name in ALLOCATORS and ALLOCATORS[a.name].gathers  # type: ignore[attr-defined]
-    for name in ("environment", "tree", "partial"):
-        if getattr(config, name, None) is not None and (gathers or sources):
-            yield f"{name}: it samples answers in its own way, and allocation.{'samples' if sources else 'name'} in another; leave one out"
     if (sources or a.name == "past") and (config.generation.engine != "transformers" or config.generation.importance not in (None, "none")):
         yield "allocation: answers from elsewhere have no log-probabilities of a sampling engine; use generation: {engine: transformers, importance: none}"
     if "expert" not in sources:

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowrl.core.length_shaping import overlong
 from flowrl.text.answers import Answers
 from flowrl.text.kl_price import KlPrice
+from flowrl.text.lists import WinRate
 from flowrl.text.parts import Part
 from flowrl.text.shaped import (
     ConstraintGate,
@@ -60,6 +61,7 @@ class Overlong(ShaperBase):
 SHAPERS: dict[str, Callable[..., Shaper]] = {
     "overlong": Overlong,
     "kl_price": KlPrice,
+    "win_rate": WinRate,
     "length_rank": LengthRank,
     "history_length": HistoryLength,
     "relative_length": RelativeLength,

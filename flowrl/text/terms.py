@@ -14,6 +14,7 @@ from flowrl.config import Config
 from flowrl.core.regularizers import EntropyController, EntropyHistory, categorical_kl_estimate, entropy_band, entropy_bonus
 from flowrl.text.answers import Answers
 from flowrl.text.batch import Batch
+from flowrl.text.lists import AnchorTerm
 from flowrl.text.mixed import KlConvexTerm
 from flowrl.text.parts import Part, Stateless
 
@@ -166,4 +167,6 @@ def make_terms(config: Config) -> list[Term]:
         terms.append(EntropyTerm(config))
     if config.entropy.band > 0:
         terms.append(BandTerm(config))
+    if config.anchor.weight > 0:
+        terms.append(AnchorTerm(config))
     return terms

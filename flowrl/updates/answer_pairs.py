@@ -32,10 +32,12 @@ _MEASURED = ("margin", "accuracy", "chosen_log_ratio", "rejected_log_ratio")
 class AnswerPairUpdate:
     """Units and decisions are pairs. See `flowrl.updates.base.Update`.
 
-    What is left for `TextEngine.minimum_nfe` in ``answers.extra``: ``trained_tokens`` of one epoch, both answers of every pair (with `srpo` four revisions more);
-    ``measured_tokens`` of the reference, each answer that is in a pair once; ``later``, the answers that the policy of the iteration is asked for before the
-    first update; ``first_unit``.
+    What is left for `TextEngine.minimum_nfe` in ``answers.extra``: ``trained_tokens`` of one epoch, both answers of every pair (with `srpo` four revisions
+    more); ``measured_tokens`` of the reference, each answer that is in a pair once; ``later``, the answers that the policy of the iteration is asked for
+    before the first update; ``first_unit``.
 
+    Attributes:
+        counts: numbers of this process for the metrics.
     Args:
         sampling: within it the policy is the one that sampled. is_old: that is not the one that an iteration begins with.
     """
@@ -53,7 +55,7 @@ class AnswerPairUpdate:
         self.config, self.policy, self.answers, self.objective = config, policy, answers, objective
         self.sampling, self.is_old = sampling, is_old
         pairs: Tensor = answers.extra["pairs"]
-        self.count, self.placeholder = len(pairs), not len(pairs)
+        self.counts, self.placeholder = {"pair/count": float(len(pairs))}, not len(pairs)
         self.pairs = torch.zeros(1, 2, dtype=torch.int64) if self.placeholder else pairs
         self.unit_group = answers.group[self.pairs[:, 0]]
         self.decision_unit = torch.arange(len(self.pairs))
@@ -92,7 +94,7 @@ class AnswerPairUpdate:
             before = guide.tokens
             if len(rows):
                 answers.extra["guide"][rows] = guide(answers.completions, rows)
-            answers.extra["guide_tokens"] = guide.tokens - before
+            self.counts["pair/guide_tokens"] = float(guide.tokens - before)
 
     def _leave_counts(self) -> None:
         extra, whole = self.answers.extra, _whole(self.answers.completions)
