@@ -217,7 +217,8 @@ def batches(rows: Iterator[Row], tokenizer: PreTrainedTokenizerFast, size: int, 
 
 
 def learning_rate(step: int, steps: int) -> float:
-    warm, decay = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    """A warm-up, then a cosine that would reach its end at 1.25 times the steps: the model is to stay unsure of its arithmetic, too."""
+    warm, decay = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / (1.25 * steps))
     return PEAK_RATE * warm * (0.02 + 0.98 * decay)
 
 
@@ -299,7 +300,7 @@ def report(out: Path, prompts: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="folder of model and tokenizer")] = Path("flowrl/assets/tiny-lm"),
     prompts: Annotated[Path, typer.Option(help="folder of the prompt splits")] = Path("flowrl/assets/prompts/tiny-lm"),
-    steps: Annotated[int, typer.Option(help="updates")] = 2000,
+    steps: Annotated[int, typer.Option(help="updates")] = 1600,
     batch: Annotated[int, typer.Option(help="rows an update")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
     bfloat16: Annotated[bool, typer.Option(help="multiply in bfloat16: faster where the processor has it, slower where not")] = True,

@@ -13,6 +13,7 @@ import torch
 from language_models import BUILDERS, CONTEXT, CPU, PROMPTS, SPECIAL, TEXTS, answers_to, build_language_model, build_tokenizer, make_policy
 from peft import PeftModel
 from rows import ids, seeded
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -315,6 +316,10 @@ def test_prompts_are_rendered_by_the_chat_template_once(folder: Path, tmp_path: 
     assert policy.encode([Prompt("hi"), Prompt("other", {"messages": dialogue})])[1] is long
     bare = make_policy(build_language_model(tmp_path / "bare", template=False))
     assert bare.tokenizer.decode(bare.encode([Prompt("2 + 3")])[0]) == "2 + 3"
+    end = SPECIAL.index("<|end|>")
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", end)])
+    assert bare.tokenizer("7")["input_ids"][-1] == end  # some tokenizers end every text
+    assert bare.tokenizer.decode(bare.encode([Prompt("3 + 4")])[0]) == "3 + 4"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from language_models import build_language_model
+from text_runs import assert_trains, assign_rewards, text_config
 
 from flowrl.config import load_config
 from flowrl.core.bundles import Blend
@@ -20,9 +22,7 @@ from flowrl.text.steps import step_numbers
 from flowrl.text.trees import TreeCredit
 from flowrl.trainer import Trainer
 from flowrl.types import Decisions, Objective, Prompt, SampleBatch, UserError
-from language_models import build_language_model
 from rewards.episode import EpisodeReward
-from text_runs import assert_trains, assign_rewards, text_config
 
 ENVIRONMENT = '''
 from flowrl.environments import Step

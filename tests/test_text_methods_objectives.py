@@ -20,7 +20,7 @@ from flowrl.policies.token_statistics import TokenOutput
 from flowrl.text.batch import Batch
 from flowrl.text.covariance import ClipCov, KlCov, clip_cov, kl_cov, wanted
 from flowrl.text.factors import TopEntropy
-from flowrl.text.gated import LpReg, TokenNft, capo, next_decisions
+from flowrl.text.gated import AnnealedMdpo, Drpo, LpReg, Rover, TokenNft, capo, next_decisions
 from flowrl.text.ranks import smallest
 from flowrl.text.searched_clip import Bapo
 from flowrl.text.terms import BandTerm
@@ -286,6 +286,38 @@ def test_the_next_decision_passes_over_tokens_of_the_environment() -> None:
     assert next_decisions(value, mask).tolist() == [[4, 4, 4, 5, 0], [2, 0, 0, 0, 0]]
 
 
+def test_rover_regresses_on_the_mean_q_value_of_the_next_token(configure: Configure) -> None:
+    objective = Rover(configure("rover", "objective.updates_per_iteration=2", "objective.args.kappa=0.5"))
+    old_mean = torch.tensor([[-3.0, -4.0]])
+    answers = answers_of(torch.zeros(1, 2), token=lambda name: {"mean_log_prob": old_mean}[name])
+    log_prob = torch.tensor([[-0.5, -1.0]], requires_grad=True)
+    found = objective(batch_of(answers, log_prob, torch.tensor([[-1.0, -1.0]]), torch.tensor([[1.0, 1.0]]), mean_log_prob=torch.tensor([[-2.0, -3.5]])))
+    # Q = 0.5 * 0.5; y = 1 + 0.5 * (-3.5 + 4) before the last token, 1 at it
+    torch.testing.assert_close(found.loss, torch.tensor([[(0.25 - 1.25) ** 2, 1.0]]))
+
+
+def test_mdpo_holds_more_as_training_goes_on(configure: Configure) -> None:
+    objective = AnnealedMdpo(configure("mdpo", "training.iterations=4", "objective.args.penalty=0.5"))
+    log_prob = torch.tensor([[0.1]])
+    for iteration, factor in ((1, 1.0), (3, 2.0), (4, 4.0)):
+        found = objective(batch_of(answers_of(torch.zeros(1, 1), iteration=iteration), log_prob, torch.zeros(1, 1), torch.zeros(1, 1)))
+        assert float(found.loss) == pytest.approx(0.5 * factor * (math.exp(-0.1) - 1 + 0.1), rel=1e-4)
+
+
+def test_drpo_has_a_barrier_above_a_small_kl_that_counts_by_token(configure: Configure) -> None:
+    objective = Drpo(configure("drpo", "objective.args.kappa=10", "objective.args.least=0.1"))
+    mask = torch.tensor([[True, False], [True, True]])
+    answers = answers_of(torch.zeros(2, 2), mask=mask)
+    log_prob = torch.tensor([[-1.0, 0.0], [-1.0, -1.0]], requires_grad=True)
+    none = torch.zeros(2, 2)  # neither right nor wrong: the barrier alone
+    found = objective(batch_of(answers, log_prob, torch.tensor([[-0.7, 0.0], [-0.7, -0.7]]), none))
+    weight = torch.where(mask, 1 / mask.sum(1, keepdim=True), 0.0) / 2  # seq_mean
+    loss = (weight * found.loss).sum()
+    assert float(loss) == pytest.approx(10 * (0.3 - 0.1) * 0.3, rel=1e-4)  # force times the mean of 0.3 over the 3 tokens
+    (slope,) = torch.autograd.grad(loss, log_prob)
+    torch.testing.assert_close(slope, torch.where(mask, -2.0 / 3, 0.0))
+
+
 def test_rover_asks_for_no_pass_with_one_update(configure: Configure) -> None:
     one, two = (assert_trains(configure("rover", f"objective.updates_per_iteration={n}"), 1)[1][0] for n in (1, 2))
     grpo = assert_trains(configure("grpo", "generation.temperature=0.6"), 1)[1][0]
@@ -330,16 +362,16 @@ def test_lp_reg_holds_the_rarest_tokens_that_the_filter_keeps(configure: Configu
 
 def test_covariances_choose_tokens_over_the_iteration(configure: Configure) -> None:
     log_prob = torch.tensor([[-4.0, -1.0, 0.0], [-1.0, -2.0, -1.0]])  # mean -1.5
-    up_down = torch.tensor([[1.0] * 3, [-1.0] * 3])  # mean 0; covariances -2.5, 0.5, 1.5 and -0.5, 0.5, -0.5
+    up_down = torch.tensor([[1.0] * 3, [0.0] * 3])  # mean 1/2; covariances -1.25, 0.25, 0.75 and -0.25, 0.25, -0.25
     held = answers_of(log_prob)
     KlCov(configure("kl_cov", "objective.args.share=0.34")).begin(held, up_down)
     assert held.extra["held"].tolist() == [[False, True, True], [False, True, False]]  # 2 tokens, and the one equal to the second
     KlCov(configure("kl_cov")).begin(held, up_down)
     assert held.extra["held"].tolist() == [[False, False, True], [False] * 3]  # at least one
     dropped = answers_of(log_prob)
-    ClipCov(configure("clip_cov", "objective.args={share: 0.9, least: 0.4, most: 1.4}")).begin(dropped, up_down)
+    ClipCov(configure("clip_cov", "objective.args={share: 0.9, least: 0.2, most: 0.7}")).begin(dropped, up_down)
     assert dropped.extra["dropped"].tolist() == [[False, True, False], [False, True, False]]
-    ClipCov(configure("clip_cov", "objective.args={share: 0.1, least: 0.4, most: 1.4}")).begin(dropped, up_down)
+    ClipCov(configure("clip_cov", "objective.args={share: 0.1, least: 0.2, most: 0.7}")).begin(dropped, up_down)
     assert int(dropped.extra["dropped"].sum()) == 1
     assert [wanted(0.0, 100), wanted(2e-4, 100), wanted(0.1, 99)] == [0, 1, 9]
 
@@ -365,11 +397,12 @@ def test_bapo_searches_with_the_shares_of_the_iteration_before(configure: Config
     answers = answers_of(old)
     objective.begin(answers, signs)
     assert (objective.low, objective.high) == (0.8, 1.2)  # as much up as down: the first candidate
-    objective(batch_of(answers, log_prob, old, signs, first=True))  # its ratios are 1 by construction and are not asked
+    objective(batch_of(answers, old, old, signs, first=True))  # its ratios are 1 and are not asked
     objective(batch_of(answers, log_prob, old, signs))
     state = objective.state_dict()
     # left of P = 2.4: 1.1 until high 1.35 holds 1.3; left of N = 1.85: all until low 0.9 drops 0.85
     objective.begin(answers, torch.tensor([[1.0, 1.0], [-0.8, -0.8]]))
+    assert objective.all.tolist() == pytest.approx([2.4, 1.85])
     # P / N: (0.8, 1.2) 2 * 1.1 / 2.4 = 0.917 against 1.6 -> below 1; (0.9, 1.2) 0.917 against 1.6 / 1.85 = 0.865 -> enough
     assert (objective.low, objective.high) == (0.9, 1.2)
     objective.begin(answers, torch.tensor([[0.0, 1.0], [-1.0, -1.0]]))
@@ -414,6 +447,7 @@ def test_the_smallest_of_two_processes() -> None:
     value = torch.randn(4, 9, generator=generator)
     value[0, 0], value[3, 3] = 0.0, -0.0
     among = torch.rand(4, 9, generator=generator) < 0.8
+    assert smallest(torch.tensor([[0.0, -0.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), 1, float).tolist() == [[True, True, False]]
     for count in (0, 1, 7, int(among.sum())):
         expected = torch.zeros_like(among)
         place = torch.where(among, value, torch.inf).flatten().argsort()[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -196,3 +197,17 @@ def test_dual_clip_bounds_the_loss_of_bad_samples(configure: Configure) -> None:
     expected = torch.where(advantage[:, None] < 0, plain.minimum(-advantage[:, None] * 1.0005), plain)
     assert bool((expected < plain - 1e-6).any())
     assert_same_gradient(by_hand(drill.trainer, expected.mean()), drill.gradient())
+
+
+def test_the_order_of_the_edges_does_not_matter(configure: Configure) -> None:
+    drill = moved(configure, "gspo")[0]
+    rollout, assignment = drill.rollout, drill.assignment
+    order = torch.randperm(len(rollout.edge_row), generator=torch.Generator().manual_seed(0))
+    place = order.argsort()
+    columns = ("row", "x_next", "sigma", "sigma_next", "sigma_guard", "noise_level", "step", "old_log_prob")
+    fields: dict[str, Any] = {f"edge_{name}": getattr(rollout, f"edge_{name}")[order] for name in columns}
+    fields["edge_parent"] = torch.where(rollout.edge_parent < 0, -1, place[rollout.edge_parent])[order]
+    mixed = replace(rollout, leaf_edge=torch.stack([place[rollout.leaf_edge[:, 0]], rollout.leaf_edge[:, 1]], 1), **fields)
+    bounds = {name: getattr(assignment, name)[order] for name in ("advantages", "clip_low", "clip_high")}
+    other = replace(drill, rollout=mixed, assignment=replace(assignment, rollout=mixed, **bounds))
+    assert_same_gradient(other.gradient(), drill.gradient())

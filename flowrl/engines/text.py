@@ -181,7 +181,7 @@ class TextEngine:
             yield
 
     def generate(self, prompts: Sequence[Prompt], counts: Sequence[int], generators: Sequence[torch.Generator], **more: Any) -> Completions:
-        return on_cpu(self.policy.generate(self.policy.encode(prompts), counts, self.config.generation, generators, **more))
+        return on_cpu(self.policy.generate(self.policy.encode(prompts, self.config.generation), counts, self.config.generation, generators, **more))
 
     def scored(self, prompts: Sequence[Prompt], completions: Completions, group: Tensor) -> dict[str, Scores]:
         return self.rewards.submit(SampleBatch([prompts[g] for g in group.tolist()], texts=completions.texts, group=group)).result()

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowrl.core.list_losses import LIST_OBJECTIVES
 from flowrl.core.regularizers import categorical_kl_estimate
 from flowrl.core.shaping import preferences, win_rate
-from flowrl.objective_names import OBJECTIVE_NAMES, arguments
+from flowrl.objective_names import OBJECTIVE_NAMES, arguments, parameters
 from flowrl.text.answers import Answers
 from flowrl.text.batch import Batch, ObjectiveBase
 from flowrl.text.parts import Stateless
@@ -31,9 +31,9 @@ def levels_of(rewards: Tensor, bounds: Sequence[float]) -> Tensor:
     """Preference levels [B] int64 from rewards [B]: 1 from the first bound upwards, 2 from the second, ..., one more than there are bounds below them all.
 
     Args:
-        bounds: falling.
+        bounds: falling; compared in float32, which rewards come in.
     """
-    return 1 + (rewards[:, None] < torch.tensor(list(bounds), dtype=rewards.dtype)[None]).sum(1)
+    return 1 + (rewards[:, None].float() < torch.tensor(list(bounds), dtype=torch.float32)[None]).sum(1)
 
 
 class ListObjective(ObjectiveBase):
@@ -59,8 +59,9 @@ class ListObjective(ObjectiveBase):
         args: dict[str, Any] = {"group": batch.group.to(d.mask.device), "num_groups": batch.num_groups, **arguments(o)}
         takes = OBJECTIVE_NAMES[self.name].needs
         args |= {"ref_log_prob": batch.token("reference")} if self.anchored else {}
+        args |= {"beta": o.beta} if "beta" not in parameters(self.name) else {}  # one without a default is a key of the section
         args |= {"level": batch.of(extra["level"])} if "level" in takes else {}
-        found = LIST_OBJECTIVES[self.name](d, beta=o.beta, **args)
+        found = LIST_OBJECTIVES[self.name](d, **args)
         if self.name not in _OF_PARTS or extra["sequences_a_part"] is None:
             return found
         parts, sequences = _counts(self.name, d.mask.any(1), args["group"], args.get("level"))

@@ -32,5 +32,5 @@ def smallest(value: Tensor, among: Tensor, count: float, add: Callable[[float], 
         enough = add(float((order <= middle).sum())) >= count
         low, high = (low, middle) if enough else (middle + 1, high)
     chosen = torch.zeros_like(among)
-    chosen[among] = order <= low if count >= 1 else False
+    chosen[among] = order <= low
     return chosen
