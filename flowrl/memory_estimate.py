@@ -143,7 +143,7 @@ def _kept(config: Config) -> int:
 
     ends = (1, config.training.iterations)  # a window may grow
     leaves, rows, edges = max((kept_latents(config, iteration, kept_steps(config, iteration)) for iteration in ends), key=sum)
-    penalised, normalised = config.kl.weight > 0, config.objective.ratio != "plain" or config.layer_tuning.weight > 0
+    penalised, normalised = config.kl.weight > 0, config.objective.ratio == "ratio_norm" or config.layer_tuning.weight > 0
     kept = leaves + edges + rows * (1 + normalised + (trains_steps(config) and penalised))
     if config.likelihood == "matching":  # the noise, and what other policies say at it
         kept += leaves * config.matching.num_times * (1 + penalised + needs_old_velocity(config))

@@ -318,5 +318,3 @@ def test_rates_of_other_prompts_are_refused() -> None:
 def test_a_wrong_allocation_is_told_when_the_config_is_read(override: str, told: str, folder: Path) -> None:
     with pytest.raises(UserError, match=told):
         text_config(folder, override)
-
-

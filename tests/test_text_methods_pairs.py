@@ -21,10 +21,12 @@ from flowrl.cli import app
 from flowrl.config import Config, load_config
 from flowrl.core.list_losses import nash_mp_penalty
 from flowrl.core.preference import PAIR_OBJECTIVES
+from flowrl.pairing import PairCounts
 from flowrl.text.lists import AnchorTerm, WinRate, levels_of
 from flowrl.text.pairs import choose_pairs, revised, trained_tokens
 from flowrl.text.samples import EXPERT
 from flowrl.text.terms import KlTerm
+from flowrl.text_pairing import make_text_pairs
 from flowrl.text_pairs import load_text_pairs
 from flowrl.trainer import Trainer
 from flowrl.types import Prompt, Scores, UserError
@@ -209,6 +211,32 @@ def test_answers_of_a_run_become_pairs_that_can_be_trained(folder: Path) -> None
     assert "--images: a language model makes no pictures; leave it out" in str(wrong.exception or wrong.output)
 
 
+def test_kept_answers_become_pairs_by_the_score_that_is_asked_for(tmp_path: Path) -> None:
+    def line(group: int, answer: str, total: float | None, other: float, **metadata: Any) -> dict[str, Any]:
+        return {"prompt": f"p{group}", "group": group, "answer": answer, "scores": {"total": total, "other": other}, "metadata": metadata}
+
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "p1"}]
+    kept = [line(0, "a", 0.5, 1.0, level=2), line(0, "b", 1.0, 0.0), line(0, "c", 0.0, 3.0), line(0, " ", 2.0, 9.0), line(0, "d", None, 1.0)]
+    kept += [line(1, "x", 1.0, 0.0, messages=talk), line(1, "x ", 0.0, 0.0, messages=talk), line(2, "y", 1.0, 0.0, messages=talk)]
+    kept += [line(2, "z", 0.25, 0.0, messages=talk)]
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "iteration_000003.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    assert make_text_pairs(tmp_path, tmp_path / "out") == PairCounts(groups=3, samples=9, invalid=2, without_pair=1, found=2, written=2)
+    found = load_text_pairs(tmp_path / "out")
+    assert list(zip(found.chosen, found.rejected, strict=True)) == [("b", "c"), ("y", "z")]
+    assert found.chosen_reward is not None and found.chosen_reward.tolist() == [1.0, 1.0]
+    assert found.prompts[0] == Prompt("p0", {"pair": {"iteration": 3, "group": 0, "reward": "total"}})
+    assert found.prompts[1].metadata["messages"] == talk
+    make_text_pairs(tmp_path, tmp_path / "by_other", reward="other", margin=1.5, max_pairs=1)
+    assert load_text_pairs(tmp_path / "by_other").chosen == ["c"]
+    with pytest.raises(UserError, match=r"--reward othr: not among the scores of iteration 3; did you mean other\?"):
+        make_text_pairs(tmp_path, tmp_path / "no", reward="othr")
+    with pytest.raises(UserError, match="none of the 3 groups has two answers whose total differs by more than 5; lower --margin, or use another --reward"):
+        make_text_pairs(tmp_path, tmp_path / "no", margin=5)
+    with pytest.raises(UserError, match=r"no saved answers; train it with logging.rollouts_every=1"):
+        make_text_pairs(tmp_path / "rollouts", tmp_path / "no")
+
+
 # --- what a loss is at the start ----------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +261,13 @@ def test_at_the_reference_the_loss_is_ln_2(method: str, folder: Path) -> None:
 def test_squared_losses_begin_at_the_square_of_their_target(method: str, loss: float, folder: Path) -> None:
     overrides = ["objective.updates_per_iteration=1"] if method != "ipo" else []
     assert Trainer(stored(folder, *overrides, method=method)).iterate(1)[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_under_lora_the_reference_is_the_model_without_it(folder: Path) -> None:
+    trainer, (first, second) = assert_trains(stored(folder, "model={adapter: lora, lora: {rank: 4, alpha: 8.0}}", "optimizer.learning_rate=0.01"))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert second["loss"] != pytest.approx(math.log(2), abs=1e-4)
+    assert trainer.policy.reference_network is None
 
 
 def test_swapped_pairs_have_the_opposite_gradient_at_the_reference(folder: Path) -> None:

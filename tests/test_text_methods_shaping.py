@@ -247,7 +247,9 @@ def test_an_anchored_expert_has_more_than_the_best_advantage(folder: Path) -> No
     assigned = assign_rewards(Trainer(configure(folder, "tempsamp_r1", shaping, samples)), [0.0, 1, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0])
     a = assigned.advantages[:, 0]
     std = math.sqrt(1 / 3)  # of 0, 1, 0 with ddof 1
-    assert a.tolist() == pytest.approx([-1 / 3 / std, 2 / 3 / std, -1 / 3 / std, 1.0 / std, 0, 0, 0, 0, -1 / 3 / std, -1 / 3 / std, 2 / 3 / std, 1 / std], abs=1e-5)
+    assert a.tolist() == pytest.approx(
+        [-1 / 3 / std, 2 / 3 / std, -1 / 3 / std, 1.0 / std, 0, 0, 0, 0, -1 / 3 / std, -1 / 3 / std, 2 / 3 / std, 1 / std], abs=1e-5
+    )
 
 
 def test_a_downscaled_expert_counts_as_nearly_right(folder: Path) -> None:

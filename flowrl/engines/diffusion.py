@@ -17,7 +17,7 @@ from flowrl.config import Config
 from flowrl.core.advantages import group_statistics
 from flowrl.critic import Critic, critic_advantages
 from flowrl.data import GroupSampler, load_prompts
-from flowrl.engines.base import Awaited, Data, Engine, Known, Setting, gathered_samples
+from flowrl.engines.base import Awaited, Data, Engine, Known, Setting, gathered_samples, reward_bounds
 from flowrl.evaluation import Evaluation, Evaluator, sigmas_of
 from flowrl.likelihood_agreement import trains_steps
 from flowrl.likelihoods.transition import TransitionLikelihood
@@ -99,7 +99,7 @@ class DiffusionEngine:
         self.sigmas = sigmas_of(config.rollout, config.rollout.num_steps, policy)
         self.shift = policy.shift_for(config.rollout.num_steps) if config.rollout.shift is None else config.rollout.shift
         self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction, policy.prediction)
-        self.assigner = Assigner(config, setting.add, setting.reward_weights)
+        self.assigner = Assigner(config, setting.add, setting.reward_weights, reward_bounds(config, self.rewards))
         self.critic: Critic | None = None
         if config.critic is not None:
             channels, pooled_dim = policy.latent_shape[0], policy.pooled.shape[1]
@@ -215,7 +215,8 @@ class DiffusionEngine:
     def assign_alone(
         self, rolled_out: Sampled, scores: dict[str, Scores], everywhere: dict[str, Scores], numbers: Sequence[int], iteration: int
     ) -> Assignment | Samples:
-        assigner = Assigner(self.config.model_copy(update={"rewards": self.config.rewards[:1]}), self.setting.add)
+        one = self.config.model_copy(update={"rewards": self.config.rewards[:1]})
+        assigner = Assigner(one, self.setting.add, bounds=self.assigner.estimator.bounds)
         nobody = torch.zeros(0, dtype=torch.int64)
         return self._assign(assigner, rolled_out, scores, everywhere, (nobody, nobody), numbers, iteration)
 

@@ -289,7 +289,7 @@ class TextEngine:
     ) -> AssignedAnswers:
         nobody = torch.zeros(0, dtype=torch.int64)
         answers = self.answers(rolled_out, scores, everywhere, (nobody, nobody), numbers, iteration)
-        return self._assign(answers, self.credit, Estimator(self.config.advantage, self.setting.add))
+        return self._assign(answers, self.credit, Estimator(self.config.advantage, self.setting.add, self.estimator.bounds))
 
     def _assign(self, answers: Answers, credit: Any, estimator: Estimator) -> AssignedAnswers:
         for shaper in self.shapers:
