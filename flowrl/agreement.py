@@ -26,7 +26,8 @@ def disagreements(config: Config) -> Iterator[str]:
     if line := unknown_objective(config.objective.name):
         yield line  # what goes with it cannot be known
         return
-    from flowrl.text.agreement import only_of_text, token_disagreements  # they read classes that read the config's
+    from flowrl.picture_agreement import picture_disagreements  # they read classes that read the config's
+    from flowrl.text.agreement import only_of_text, token_disagreements
 
     if config.likelihood == "token":
         yield from token_disagreements(config)
@@ -36,6 +37,7 @@ def disagreements(config: Config) -> Iterator[str]:
         else:
             yield from _plan(config.rollout)
         yield from only_of_text(config)
+        yield from picture_disagreements(config)
     yield from objective_disagreements(config)
     if config.likelihood != "token":
         yield from likelihood_disagreements(config)
@@ -242,6 +244,8 @@ def _shards(config: Config) -> Iterator[str]:
 def _training(config: Config) -> Iterator[str]:
     rollout = config.rollout
     images = rollout.groups_per_iteration * rollout.group_size
+    if rollout.group_size < 2 and config.likelihood != "token":
+        yield f"rollout.group_size: {rollout.group_size} is too small, a group needs at least 2 samples to compare"
     if config.objective.updates_per_iteration > images:
         yield (
             f"objective.updates_per_iteration: {config.objective.updates_per_iteration} is more than the {images} images of an iteration "

@@ -53,6 +53,7 @@ class Assignment:
         placeholder: nothing was selected here; the one decision that is left only keeps this process in step with the others and has no weight.
         rows: the least training rows of these decisions, counted from the plan.
         sums: numbers to be added over processes: abs_advantage, clamped, all (decisions before the selection), kept, tuned (rows with a weight), rows.
+        sizes: `rollout.group_size` of each group of this process that is trained, as its plan had it.
     """
 
     rollout: Rollout
@@ -63,6 +64,7 @@ class Assignment:
     rows: int
     placeholder: bool
     sums: dict[str, float]
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class Assigner:
         numbers: Sequence[int],
         iteration: int,
         whole: tuple[Tensor, Tensor] | None = None,
+        runs: Sequence[tuple[Plan, int]] = (),
+        trained: Tensor | None = None,
     ) -> Assignment:
         """Assign credit.
 
@@ -130,6 +134,8 @@ class Assigner:
             numbers: this process's group numbers within the iteration; they seed random selections.
             whole: where groups are shared among processes: what each sample of all processes is compared with, as a number, and the places [B] of this
                 process's samples among them.
+            runs: plans of different group sizes, each with its number of groups, in their order; () = all groups have ``plan``.
+            trained: [B] bool, samples whose decisions are trained; the others only count in statistics. None = all.
         """
         config, total = self.config, self._gated(scores, rollout.leaf_set)
         group, rewards, valid = rollout.row_group[rollout.edge_row], total.values.double(), total.valid
@@ -149,6 +155,8 @@ class Assigner:
                 position, clip_low=config.objective.clip_low, clip_high=config.objective.clip_high, sensitivity=config.objective.dynamic_clip
             )
         keep = self._selection(plan, rollout, leaf, valid, value, known, group, numbers, iteration)
+        if trained is not None:
+            keep &= edges_of_leaves(trained, rollout.leaf_edge, len(keep))
         placeholder = not bool(keep.any())  # e.g. no branch with a contrast: every process must still make the updates
         kept = float(keep.sum())
         if placeholder:
@@ -163,7 +171,7 @@ class Assigner:
             "tuned": 0.0 if tuning is None else float((tuning.weight > 0).sum()),
             "rows": float(len(chosen.row_sigma)),
         }
-        advantages, rows = clamped[keep].float(), 0 if placeholder else least_rows(plan, keep, len(numbers))
+        advantages, rows = clamped[keep].float(), 0 if placeholder else least_rows(runs or [(plan, len(numbers))], keep)
         return Assignment(chosen, advantages, low[keep].float(), high[keep].float(), tuning, rows, placeholder, sums)
 
     def samples(
@@ -361,8 +369,17 @@ class Assigner:
         self.estimator.load_state_dict(state)
 
 
-def least_rows(plan: Plan, keep: Tensor, num_groups: int) -> int:
-    """Distinct latents that the kept decisions leave, from the plan alone: keep [P E'] bool, group by group in the plan's order."""
-    parents = torch.tensor([node.parent for node in plan.nodes if node.trained])
-    number = torch.arange(num_groups).repeat_interleave(len(parents)) * len(plan.nodes) + parents.repeat(num_groups)
-    return len(number[keep].unique())
+def least_rows(runs: Sequence[tuple[Plan, int]], keep: Tensor) -> int:
+    """Distinct latents that the kept decisions leave, from the plans alone.
+
+    Args:
+        runs: plans, each with the number of neighbouring groups that follow it.
+        keep: [E] bool, group by group in the plan's order.
+    """
+    numbers, start = [torch.zeros(0, dtype=torch.int64)], 0
+    for plan, num_groups in runs:
+        parents = torch.tensor([node.parent for node in plan.nodes if node.trained])
+        first = start + torch.arange(num_groups) * len(plan.nodes)
+        numbers.append(first.repeat_interleave(len(parents)) + parents.repeat(num_groups))
+        start += num_groups * len(plan.nodes)
+    return len(torch.cat(numbers)[keep].unique())

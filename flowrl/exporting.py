@@ -1,4 +1,6 @@
-"""A run's weights as files for others: a LoRA, a network or a whole pipeline that plain diffusers loads, with a model card that says what they are."""
+"""A run's weights as files for others: a LoRA, a network or a whole pipeline that plain diffusers (of a language model: transformers and peft) loads, with a
+model card that says what they are.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import torch
@@ -19,7 +21,7 @@ import yaml
 
 from flowrl.checkpoint import find_checkpoints, load_policy
 from flowrl.config import Config, dump_config, list_methods, load_config
-from flowrl.figures import write_readme_figures
+from flowrl.figures import write_readme_figures, write_reward_curve
 from flowrl.gallery import load_pairs
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.families import make_policy
@@ -28,14 +30,27 @@ from flowrl.results import headline_tiles, score_text
 from flowrl.run_records import Run, evaluated_policy, half_width, is_evaluated, load_run, unique
 from flowrl.sections import ModelConfig
 from flowrl.tracking import explain_full_disk, replace_file
-from flowrl.types import UserError
+from flowrl.types import Prompt, UserError
 from rewards.registry import load_reward
 
-__all__ = ["Form", "base_licence", "export_run", "loading_snippet"]
+if TYPE_CHECKING:
+    from flowrl.policies.causal_lm import CausalLmPolicy
 
-Form = Literal["lora", "merged", "transformer", "pipeline"]
-_PARTS: dict[str, Literal["lora", "network", "pipeline"]] = {"lora": "lora", "merged": "network", "transformer": "network", "pipeline": "pipeline"}
-_ANY_PROMPT = "a photo of a cat"
+__all__ = ["Form", "base_licence", "export_run", "loading_snippet", "text_snippet"]
+
+Form = Literal["lora", "merged", "transformer", "network", "pipeline"]
+_PARTS: dict[str, Literal["lora", "network", "pipeline"]] = {
+    "lora": "lora",
+    "merged": "network",
+    "transformer": "network",
+    "network": "network",
+    "pipeline": "pipeline",
+}
+_ANY_PROMPT = {False: "a photo of a cat", True: "What is 2 + 3?"}
+_ANSWERS = 4
+"""Shown in the card of a language model."""
+_LONGEST = 300
+"""Characters of an answer there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,14 @@ class _Export:
     averaged: bool
     iteration: int
 
+    @property
+    def is_text(self) -> bool:
+        return _is_text(self.config)
+
+
+def _is_text(config: Config) -> bool:
+    return config.likelihood == "token"
+
 
 def export_run(
     run: Path,
@@ -60,14 +83,14 @@ def export_run(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     force: bool = False,
 ) -> int:
-    """Write a checkpoint of a run in one of four forms, with a model card. The folder appears under its name only once it is whole.
+    """Write a checkpoint of a run in one of the forms, with a model card. The folder appears under its name only once it is whole.
 
     Args:
         run: a run directory with a checkpoint, finished or not.
         out: where it goes; must be new or empty, but for ``force``: then files and folders of the same names are replaced and all others stay.
         checkpoint: ``last`` or an iteration number.
         weights: the average that was evaluated, or the weights as they were trained; None = the average, where the run keeps one.
-        form: None = ``lora``, or ``transformer`` under full fine-tuning.
+        form: None = ``lora``, or under full fine-tuning ``transformer``, of a language model ``network``.
         dtype: None = float32 for a LoRA, ``model.dtype`` for the others.
     Returns:
         The iteration of the checkpoint.
@@ -76,7 +99,7 @@ def export_run(
     """
     loaded = load_run(run)
     config = load_config(run / "config.yaml")
-    form = form or ("lora" if config.model.adapter == "lora" else "transformer")
+    form = form or ("lora" if config.model.adapter == "lora" else _whole(config))
     _refuse_wrong_form(run, config, form, weights)
     _refuse_folder(run, out, force)
     if not find_checkpoints(run):
@@ -88,22 +111,36 @@ def export_run(
     kind = dtype or ("float32" if form == "lora" else config.model.dtype)
     asked = _Export(config, loaded, form, kind, averaged, iteration)
     with explain_full_disk(out, next_step="export again"), _whole_folder(out, force) as folder:
-        snippet = loading_snippet(policy, config, form, kind, _example_prompt(loaded))
+        make_snippet = text_snippet if asked.is_text else loading_snippet
+        snippet = make_snippet(policy, config, form, kind, _example_prompt(loaded, asked.is_text))
         policy.export(folder, _PARTS[form], getattr(torch, kind))
-        figures, missing = _figures(run, folder)
-        replace_file(folder / "README.md", _card(asked, policy, snippet, figures, missing).encode())
+        network = "" if asked.is_text else policy.network_name
+        figures, missing = _figures(run, folder, asked.is_text)
+        replace_file(folder / "README.md", _card(asked, policy.title, network, snippet, figures, missing).encode())
     return iteration
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------------------------------
 
 
+def _whole(config: Config) -> Form:
+    """What the network of full fine-tuning is called."""
+    return "network" if _is_text(config) else "transformer"
+
+
 def _refuse_wrong_form(run: Path, config: Config, form: Form, weights: str | None) -> None:
+    whole = _whole(config)
     if config.model.adapter == "full" and form in ("lora", "merged"):
         what = "there is no LoRA" if form == "lora" else "there is nothing to merge"
-        raise UserError(f"--form {form}: {run} trained all weights, so {what}; use --form transformer")
-    if config.model.adapter == "lora" and form == "transformer":
-        raise UserError(f"--form transformer: {run} trained a LoRA; use --form merged for the network with the LoRA in its weights")
+        raise UserError(f"--form {form}: {run} trained all weights, so {what}; use --form {whole}")
+    if config.model.adapter == "lora" and form == whole:
+        raise UserError(f"--form {whole}: {run} trained a LoRA; use --form merged for the network with the LoRA in its weights")
+    fitting = whole if config.model.adapter == "full" else "merged"
+    if form == "pipeline" and _is_text(config):
+        raise UserError(f"--form pipeline: {run} trained a language model, which is a network and its tokenizer; use --form {fitting}")
+    if form in ("transformer", "network") and form != whole:
+        kind = "a language model" if _is_text(config) else "an image generator"
+        raise UserError(f"--form {form}: {run} trained {kind}; use --form {fitting}")
     if weights == "ema" and config.ema is None:
         raise UserError(f"--weights ema: {run} keeps no average (ema: null); use --weights raw")
 
@@ -156,13 +193,8 @@ def loading_snippet(policy: DiffusionPolicy, config: Config, form: Form, dtype: 
     source = "here"
     if form != "pipeline":
         source = "base"
-        if config.model.path.startswith("flowrl:"):
-            lines[:1] = ["from pathlib import Path", "", "import flowrl", "import torch"]
-            lines.append(f'base = Path(flowrl.__file__).parent / "assets" / "{config.model.path.removeprefix("flowrl:")}"')
-        else:
-            path = config.model.path
-            lines.append(f"base = {str(Path(path).resolve()) if Path(path).exists() else path!r}")
-    lines.append('here = "."  # this folder, or its id on a hub')
+        lines = _with_base(lines, config.model.path)
+    lines.append(_HERE)
     if form in ("merged", "transformer"):
         lines.append(f'network = {network.__name__}.from_pretrained(here, subfolder="{policy.network_name}", {options[0]})')
         options = [f"{policy.network_name}=network", *options]
@@ -171,6 +203,54 @@ def loading_snippet(policy: DiffusionPolicy, config: Config, form: Form, dtype: 
         lines.append("pipe.load_lora_weights(here)")
     lines += [*before, 'pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
     lines += [f"image = pipe(prompt={prompt!r}, {', '.join(call)}).images[0]", 'image.save("picture.png")']
+    return "\n".join(lines)
+
+
+_HERE = 'here = "."  # this folder, or its id on a hub'
+
+
+def _with_base(lines: list[str], path: str) -> list[str]:
+    """Imports and a line that says where the base model is."""
+    if path.startswith("flowrl:"):
+        place = f'base = Path(flowrl.__file__).parent / "assets" / "{path.removeprefix("flowrl:")}"'
+        return ["from pathlib import Path", "", "import flowrl", *lines, place]
+    known = Path(path).expanduser()
+    return [*lines, f"base = {str(known.resolve()) if known.exists() else path!r}"]
+
+
+def text_snippet(policy: CausalLmPolicy, config: Config, form: Form, dtype: str, prompt: str) -> str:
+    """Python lines that answer a prompt from an export in the current folder with plain transformers and peft, as the run's evaluations do."""
+    g, is_lora = config.generation, form == "lora"
+    tokens, found = policy.encode([Prompt(prompt)])[0], policy.tokenizer
+    lines = ["import torch", *(["from peft import PeftModel"] if is_lora else []), "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    source, options = "here", [f"dtype=torch.{config.model.dtype if is_lora else dtype}"]
+    if is_lora:
+        source, lines = "base", _with_base(lines, config.model.path)
+        place = Path(policy.where)
+        options += [f"gguf_file={file.name!r}" for file in place.glob("*.gguf") if not (place / "config.json").is_file()]
+    lines += [_HERE, "tokenizer = AutoTokenizer.from_pretrained(here)", f"model = AutoModelForCausalLM.from_pretrained({source}, {', '.join(options)})"]
+    lines += ["model = PeftModel.from_pretrained(model, here)"] if is_lora else []
+    lines.append('model.to("cuda" if torch.cuda.is_available() else "cpu")')
+    if found.chat_template is not None:
+        lines.append(f'messages = [{{"role": "user", "content": {prompt!r}}}]')
+        lines.append('ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]')
+    else:
+        after = len(found(prompt)["input_ids"]) - len(tokens)  # end tokens that some tokenizers put behind every text
+        lines.append(f'ids = tokenizer({prompt!r}, return_tensors="pt")["input_ids"]' + (f"[:, :-{after}]" if after else ""))
+    call = [f"max_new_tokens={g.max_new_tokens}", *([f"min_new_tokens={g.min_new_tokens}"] if g.min_new_tokens else [])]
+    if config.evaluation.greedy:
+        call.append("do_sample=False")
+    else:
+        call += ["do_sample=True", f"temperature={g.temperature}", f"top_p={g.top_p}", f"top_k={g.top_k}", *([f"min_p={g.min_p}"] if g.min_p else [])]
+    if getattr(policy.network.model.generation_config, "repetition_penalty", None) not in (None, 1.0):
+        call.append("repetition_penalty=1.0")
+    call += [f"eos_token_id={sorted(policy.ends)}"] if policy.ends else []
+    call += [f"pad_token_id={policy.pad}", *([f"stop_strings={list(g.stop)!r}", "tokenizer=tokenizer"] if g.stop else [])]
+    lines += [
+        "ids = ids.to(model.device)",
+        f"answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), {', '.join(call)})",
+        "print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
+    ]
     return "\n".join(lines)
 
 
@@ -212,9 +292,9 @@ def _call(policy: DiffusionPolicy, config: Config) -> tuple[list[str], list[str]
     return call, before, names
 
 
-def _example_prompt(run: Run) -> str:
+def _example_prompt(run: Run, is_text: bool) -> str:
     gallery, _ = load_pairs(run)
-    return next((pairs[0].prompt for pairs in gallery.values() if pairs), _ANY_PROMPT)
+    return next((pairs[0].prompt for pairs in gallery.values() if pairs), _ANY_PROMPT[is_text])
 
 
 # --- the card -----------------------------------------------------------------------------------------------------------------------------------
@@ -249,9 +329,11 @@ def _hub_id(path: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
 
 
-def _figures(run: Path, folder: Path) -> tuple[list[str], str]:
-    """Names of the pictures that could be drawn, or why there are none."""
+def _figures(run: Path, folder: Path, is_text: bool) -> tuple[list[str], str]:
+    """Names of the pictures that could be drawn, the reward's curve last, or why there are none."""
     try:
+        if is_text:
+            return [write_reward_curve(run, folder).name], ""
         return [path.name for path in write_readme_figures(run, folder)], ""
     except UserError as error:
         if isinstance(error.__cause__, OSError):
@@ -259,7 +341,15 @@ def _figures(run: Path, folder: Path) -> tuple[list[str], str]:
         return [], str(error).removeprefix(f"{run}: ")
 
 
-def _card(asked: _Export, policy: DiffusionPolicy, snippet: str, figures: list[str], missing: str) -> str:
+def _answers(run: Run) -> list[tuple[str, str, str]]:
+    """The first (prompt, answer before, answer after) of a prompt set."""
+    gallery, _ = load_pairs(run)
+    pairs = gallery.get("eval") or next(iter(gallery.values()), [])
+    texts = [(pair.prompt, str(pair.before), str(pair.after)) for pair in pairs[:_ANSWERS]]
+    return [tuple(text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..." for text in row) for row in texts]  # type: ignore[misc]
+
+
+def _card(asked: _Export, family: str, network: str, snippet: str, figures: list[str], missing: str) -> str:
     config = asked.config
     licence = base_licence(config.model.path)
     seen = _until(asked.run, asked.iteration)
@@ -274,8 +364,9 @@ def _card(asked: _Export, policy: DiffusionPolicy, snippet: str, figures: list[s
         title=f"{_base_name(config.model)} fine-tuned with {' and '.join(names)}",
         base=_base_name(config.model),
         base_is_on_hub=_hub_id(config.model.path),
-        family=policy.title,
-        network=policy.network_name,
+        is_text=asked.is_text,
+        family=family,
+        network=network,
         form=asked.form,
         dtype=asked.dtype,
         adapter=config.model.adapter,
@@ -289,6 +380,9 @@ def _card(asked: _Export, policy: DiffusionPolicy, snippet: str, figures: list[s
         evaluations=evaluations,
         evaluated_at=max((row["iteration"] for row in evaluations), default=0),
         steps=config.evaluation.num_steps,
+        generation=config.generation,
+        greedy=config.evaluation.greedy,
+        answers=_answers(asked.run) if asked.is_text else [],
         pictures=figures,
         pictures_missing=missing,
         shown=(min(asked.run.samples, default=0), max(asked.run.samples, default=0)),
@@ -306,11 +400,13 @@ def _base_name(model: ModelConfig) -> str:
 def _front_matter(asked: _Export, licence: Mapping[str, str]) -> dict[str, Any]:
     """What hubs read. A base model that is on no hub has no place there."""
     path = asked.config.model.path
-    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "unknown", **licence}
+    library, task = ("transformers", "text-generation") if asked.is_text else ("diffusers", "text-to-image")
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "license": "unknown", **licence}
     if _hub_id(path):
         front |= {"base_model": path, "base_model_relation": "adapter" if asked.form == "lora" else "finetune"}
-    tags = ["text-to-image", "diffusers", "reinforcement-learning", "flowrl", *asked.config.method.split("+")]
-    return front | {"tags": [*tags, "lora"] if asked.form == "lora" else tags}
+    tags = [task, library, "reinforcement-learning", "flowrl", *asked.config.method.split("+")]
+    lora = (["peft", "lora"] if asked.is_text else ["lora"]) if asked.form == "lora" else []
+    return front | {"tags": [*tags, *lora]}
 
 
 def _until(run: Run, iteration: int) -> Run:
@@ -333,7 +429,8 @@ def _training_figures(run: Run) -> list[tuple[str, str]]:
     titles, found, versions = {"NFE": "Network rows", "Wall-clock": "Time"}, {}, run.versions
     for label, value, small in headline_tiles(run, []):
         found[titles.get(label, label)] = f"{value} ({small})" if small else value
-    packages = ("flowrl", "torch", "diffusers", "transformers", "peft", "accelerate", "python")
+    unused = ("diffusers",) if run.setting("likelihood") == "token" else ()
+    packages = [name for name in ("flowrl", "torch", "diffusers", "transformers", "peft", "accelerate", "python") if name not in unused]
     found["Versions"] = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
     found |= {label: str(versions[name]) for label, name in (("Commit", "commit"), ("Device", "device")) if versions.get(name)}
     return [(label, text) for label, text in found.items() if text]

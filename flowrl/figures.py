@@ -17,11 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 from flowrl.curves import PRINT, RC, draw_eval_reward, make_figure, plot
 from flowrl.gallery import Pair, load_pairs
 from flowrl.results import score_text
-from flowrl.run_records import eval_curves, is_evaluated, load_run, unique
+from flowrl.run_records import Run, eval_curves, is_evaluated, load_run, unique
 from flowrl.tracking import explain_full_disk, replace_file
 from flowrl.types import UserError
 
-__all__ = ["write_readme_figures"]
+__all__ = ["write_readme_figures", "write_reward_curve"]
 
 
 def write_readme_figures(run: Path, out: Path, *, split: str | None = None, reward: str | None = None) -> tuple[Path, Path]:
@@ -51,11 +51,31 @@ def write_readme_figures(run: Path, out: Path, *, split: str | None = None, rewa
         raise UserError(f"{run}: no before/after picture can be made: {reason}")
     if isinstance(gallery[name][0].before, str):
         raise UserError(f"{run}: no before/after picture can be made of a language model's answers; flowrl report shows them")
+    curve = _reward_curve(loaded, reward)
+    paths = Path(out) / "before_after.png", Path(out) / "reward_curve.png"
+    with explain_full_disk(Path(out), next_step="try again"):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        replace_file(paths[0], _before_after(gallery[name][:8]))
+        replace_file(paths[1], curve)
+    return paths
+
+
+def write_reward_curve(run: Path, out: Path, *, reward: str | None = None) -> Path:
+    """Writes reward_curve.png alone, which runs of language models have too; arguments and errors as of `write_readme_figures`."""
+    curve, path = _reward_curve(load_run(Path(run)), reward), Path(out) / "reward_curve.png"
+    with explain_full_disk(Path(out), next_step="try again"):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        replace_file(path, curve)
+    return path
+
+
+def _reward_curve(loaded: Run, reward: str | None) -> bytes:
+    """A PNG."""
     rewards = unique(record["reward"] for record in loaded.evals if is_evaluated(record))
     reward = reward or next(iter(rewards), None)
     if reward not in rewards:
         known = f"only {', '.join(rewards)}" if rewards else "nor any other"
-        raise UserError(f"{run}: no reward curve can be drawn: no evaluation of reward {reward} is recorded, {known}")
+        raise UserError(f"{loaded.path}: no reward curve can be drawn: no evaluation of reward {reward} is recorded, {known}")
     curves = eval_curves(loaded, str(reward))
 
     def draw(axes: Axes, colors: Mapping[str, str]) -> None:
@@ -71,12 +91,7 @@ def write_readme_figures(run: Path, out: Path, *, split: str | None = None, rewa
         FigureCanvasAgg(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    paths = Path(out) / "before_after.png", Path(out) / "reward_curve.png"
-    with explain_full_disk(Path(out), next_step="try again"):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        replace_file(paths[0], _before_after(gallery[name][:8]))
-        replace_file(paths[1], buffer.getvalue())
-    return paths
+    return buffer.getvalue()
 
 
 def _picture(sample: Image.Image | str) -> Image.Image:

@@ -67,5 +67,6 @@ def shortage(error: Exception) -> str | None:
     said = str(error).partition(". ")[0].rstrip(".")
     return (
         f"a device's memory ran out ({said}), where no smaller part would help; set model.text_encoders: offload, model.dtype: bfloat16, adapter: lora, "
-        "optimizer.name: adamw_8bit or smaller pictures, or shard the model over several devices; `flowrl estimate CONFIG` predicts what a run takes"
+        "optimizer.name: adamw_8bit, smaller pictures or shorter answers, or shard the model over several devices; `flowrl estimate CONFIG` predicts what a "
+        "run takes"
     )

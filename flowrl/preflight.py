@@ -21,7 +21,7 @@ from samplers.kernels import check_noise_level, load_kernel
 if TYPE_CHECKING:
     from flowrl.engines.diffusion import DiffusionEngine
 
-__all__ = ["check_kernel", "check_memory", "check_pairs", "check_updates"]
+__all__ = ["check_kernel", "check_memory", "check_pairs", "check_shaping", "check_updates"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def check_memory(engine: DiffusionEngine) -> None:
     """Latents of an iteration that would not fit into memory are an error before the first of them is sampled."""
     config = engine.config
     parts = config.rollout.group_shards
-    groups = math.ceil(config.rollout.groups_per_iteration * parts / engine.accelerator.num_processes) / parts
+    share = math.ceil(config.rollout.groups_per_iteration * parts / engine.accelerator.num_processes)
+    groups = engine.allocation.most_samples(share) / config.rollout.group_size
     ends = (1, config.training.iterations)  # a window may grow
     leaves, rows, edges = max((kept_latents(config, iteration, kept_steps(config, iteration)) for iteration in ends), key=sum)
     kept = leaves + edges + rows * (2 if engine.assigner.keep_velocity else 1)
@@ -86,6 +87,14 @@ def check_memory(engine: DiffusionEngine) -> None:
         raise UserError(
             f"rollout: {leaves:,} samples a prompt and their {kept - leaves:,} training states, for {groups:g} prompts, take "
             f"{needed / 2**30:.3g} GiB of latents, and {free / 2**30:.3g} GiB are free; lower rollout.tree.branching, group_size or groups_per_iteration"
+        )
+
+
+def check_shaping(engine: DiffusionEngine) -> None:
+    """Negative rewards would be shaped the wrong way round: a warning."""
+    if engine.shapers and engine.assigner.estimator.bounds[0] < 0 and engine.accelerator.is_main_process:
+        _LOGGER.warning(
+            "shaping: rank_unlikely takes a share off the rewards of likely samples, which raises those below 0; use rewards that are never negative"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 __all__ = [
@@ -90,12 +90,14 @@ class Section(BaseModel):
 class LoraConfig(Section):
     rank: PositiveInt = 32
     alpha: PositiveFloat = 64.0
-    targets: tuple[str, ...] | None = Field(None, description="module name endings; null = the family's attention projections")
+    targets: tuple[str, ...] | None = Field(
+        None, description="module name endings; null = the attention projections of an image generator, all linear layers of a language model but its head"
+    )
 
 
 class ModelConfig(Section):
-    path: Text = Field("flowrl:tiny-sd3", description="flowrl:tiny-sd3, a folder that diffusers can load, or a hub id")
-    family: Text = Field("auto", description="auto = as the model's index says; or a name in flowrl/policies/families.py")
+    path: Text = Field("flowrl:tiny-sd3", description="flowrl:tiny-sd3 or flowrl:tiny-lm, a folder that diffusers or transformers can load, or a hub id")
+    family: Text = Field("auto", description="auto = as the model's index or config says; or a name in flowrl/policies/families.py")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     adapter: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
@@ -113,7 +115,10 @@ class ModelConfig(Section):
     )
     prompt_storage: Literal["device", "host", "disk"] = Field("device", description="where embeddings of prompts are kept; disk: files mapped into memory")
     prompt_folder: Text | None = Field(None, description="of embeddings on disk; runs and models may share it")
-    attention_backend: Text | None = Field(None, description="one of diffusers' attention backends, such as flash or sage; null = torch's own")
+    attention_backend: Text | None = Field(
+        None,
+        description="one of diffusers' attention backends, such as flash or sage; of a language model transformers', such as sdpa; null = the library's own",
+    )
     compile: Annotated[Literal["off", "blocks", "whole"], BeforeValidator(lambda value: "off" if value is False else value)] = Field(
         "off", description="torch.compile of the one network that samples and trains: its repeated blocks (fast to compile), or the whole"
     )
@@ -230,18 +235,10 @@ class RolloutConfig(Section):
     granularities: tuple[PositiveInt, ...] = Field((1, 2, 3), min_length=1, description="granular: stride of the steps after the stochastic one")
     same_noise: Flag = Field(False, description="True: the images of a group share their start noise")
     groups_per_iteration: PositiveInt = 16
-    group_size: Annotated[Int, Field(ge=2)] = 16
+    group_size: PositiveInt = Field(16, description="samples of a prompt; at least 2, but for language models whose advantages do not compare within groups")
     group_shards: PositiveInt = Field(1, description="parts that a group is sampled and trained in, each of which may be another process's; see docs/scale.md")
     guidance_scale: Annotated[Float, Field(ge=1)] = Field(1.0, description="classifier-free guidance; 1 = off (conditional branch only)")
     log_prob_reduction: Literal["mean", "sum"] = Field("mean", description="over latent elements; published clip ranges mean `mean`")
-
-    @field_validator("group_size", mode="before")
-    @classmethod
-    def _something_to_compare(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool) and value < 2:
-            message = "{value} is too small, a group needs at least 2 samples to compare"
-            raise PydanticCustomError("group_too_small", message, {"value": value})
-        return value
 
     @property
     def window_high(self) -> int:
@@ -277,6 +274,15 @@ class GenerationConfig(Section):
     )
     importance_level: Literal["token", "sequence"] = "token"
     importance_high: PositiveFloat = Field(2.0, description="the most that a weight is; beyond it counts as that (truncated) or as nothing (masked)")
+
+    @field_validator("min_new_tokens")
+    @classmethod
+    def _room_for_the_least(cls, value: int, info: ValidationInfo) -> int:
+        most = info.data.get("max_new_tokens", value)
+        if value > most:
+            message = "{value} is more than max_new_tokens, {most}, so no answer could end; lower it, or raise max_new_tokens"
+            raise PydanticCustomError("answer_too_long", message, {"value": value, "most": most})
+        return value
 
 
 class AdvantageConfig(Section):

@@ -160,7 +160,7 @@ class Trainer:
         if self.reward_weights.due(iteration):
             self.reward_weights.learn(self._reward_gradients(rolled_out, scores, prompts, mine, iteration))
             self.rewards.weights = self.reward_weights.weights
-        measured = NetworkRows(rows.forward - measured.forward, rows.backward - measured.backward, rows.idle - measured.idle)
+        measured = NetworkRows(rows.forward - measured.forward, rows.backward - measured.backward, rows.idle - measured.idle, rows.padding - measured.padding)
         meters = self.update(rolled_out, assigned, prompts, mine, iteration)
         finished = time.perf_counter()
         if self.old_policy is not None:
@@ -285,7 +285,7 @@ class Trainer:
             self.idle_rows += update.rows_per_unit
         world = self.accelerator.num_processes
         weights = Weights(weight, world / total, 0.0 if idle else world / total_units)
-        mark, rows = update.meters.mark(), NetworkRows(self.policy.rows.forward, self.policy.rows.backward)
+        mark, rows = update.meters.mark(), replace(self.policy.rows)
         while True:
             failed = ""
             try:
@@ -303,10 +303,10 @@ class Trainer:
                 break
             self.optimizer.zero_grad()
             update.meters.rewind(mark)
-            self.policy.rows.forward, self.policy.rows.backward = rows.forward, rows.backward
+            self.policy.rows.forward, self.policy.rows.backward, self.policy.rows.padding = rows.forward, rows.backward, rows.padding
             fitting = min(self.rows_per_backward, len(units) * update.rows_per_unit) if failed else self.rows_per_backward
             fitting = -int(self._most(-fitting))  # the least of all processes
-            help = "set model.gradient_checkpointing: true, model.dtype: bfloat16, adapter: lora, or smaller pictures"
+            help = "set model.gradient_checkpointing: true, model.dtype: bfloat16, adapter: lora, smaller pictures or shorter answers"
             self.rows_per_backward = halved("training.rows_per_backward", fitting, self.policy.device, help=help)
         self._average_gradients()
         return True

@@ -21,6 +21,7 @@ from flowrl.text.batch import Batch
 from flowrl.text.covariance import ClipCov, KlCov, clip_cov, kl_cov, wanted
 from flowrl.text.factors import TopEntropy
 from flowrl.text.gated import AnnealedMdpo, Drpo, LpReg, Rover, TokenNft, capo, next_decisions
+from flowrl.text.objectives import make_objective
 from flowrl.text.ranks import smallest
 from flowrl.text.searched_clip import Bapo
 from flowrl.text.terms import BandTerm
@@ -194,6 +195,14 @@ def test_it_does_not_matter_how_a_later_update_is_cut_into_micro_batches(method:
     torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
+def test_gspo_moves_all_tokens_by_the_mean_log_ratio(configure: Configure) -> None:
+    log_prob, old = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.3, -1.1]])  # log-ratios 0.3 and 0.1, mean 0.2
+    for method, expected in (("gspo", [0.2, 0.2]), ("gspo_token", [0.2, 0.2]), ("grpo", [0.3, 0.1])):
+        objective = make_objective(configure(method, "objective.clip_high=9"))
+        found = objective(batch_of(answers_of(old), log_prob, old, torch.ones(1, 2)))
+        torch.testing.assert_close(found.loss, -torch.tensor([expected]).exp())
+
+
 @pytest.mark.parametrize(("method", "unlike"), [("gspo", "gmpo"), ("cispo", "sapo"), ("vespo", "cispo"), ("mdpo", "kl_cov"), ("capo", "dr_grpo")])
 def test_later_updates_differ(method: str, unlike: str, configure: Configure) -> None:
     found = [gradient(configure(name, GRPO, "objective.reduction=mean", "objective.updates_per_iteration=2"), update=2) for name in (method, unlike)]
@@ -265,6 +274,13 @@ def test_reinforce_pp_whitens_over_tokens(configure: Configure) -> None:
     torch.testing.assert_close(chosen, (value - value.mean()) / value.std(), rtol=1e-3, atol=1e-5)
 
 
+def test_reinforce_pp_with_a_baseline_whitens_what_the_group_leaves(configure: Configure) -> None:
+    _, assigned = advantages(configure("reinforce_pp", "advantage.centre=group"), REWARDS)
+    centred = (table() - table().mean(1, keepdim=True)).flatten()[:, None].expand(assigned.mask.shape)[assigned.mask]
+    chosen = assigned.advantages[assigned.mask].double()
+    torch.testing.assert_close(chosen, (centred - centred.mean()) / centred.std(), rtol=1e-3, atol=1e-5)
+
+
 def test_rloo_takes_the_price_of_the_whole_answer_off_its_reward(configure: Configure) -> None:
     trainer = Trainer(configure("rloo"))
     generator = torch.Generator().manual_seed(0)
@@ -313,7 +329,7 @@ def test_drpo_has_a_barrier_above_a_small_kl_that_counts_by_token(configure: Con
     found = objective(batch_of(answers, log_prob, torch.tensor([[-0.7, 0.0], [-0.7, -0.7]]), none))
     weight = torch.where(mask, 1 / mask.sum(1, keepdim=True), 0.0) / 2  # seq_mean
     loss = (weight * found.loss).sum()
-    assert float(loss) == pytest.approx(10 * (0.3 - 0.1) * 0.3, rel=1e-4)  # force times the mean of 0.3 over the 3 tokens
+    assert float(loss.detach()) == pytest.approx(10 * (0.3 - 0.1) * 0.3, rel=1e-4)  # force times the mean of 0.3 over the 3 tokens
     (slope,) = torch.autograd.grad(loss, log_prob)
     torch.testing.assert_close(slope, torch.where(mask, -2.0 / 3, 0.0))
 
@@ -507,6 +523,8 @@ def test_the_band_is_about_the_history_of_each_turn_and_begins_late(configure: C
     term.load_state_dict(term.state_dict())
     # turn 0: 2.4 is the upper bound, 1.6 the lower; distances over the mean, times 0.5 and 0.1; turn 40 counts as the last
     torch.testing.assert_close(ask(3, [[2.0, 3.4, 4.0], [0.6, 4.0, 6.0]]), 0.05 * torch.tensor([[0.0, 0.5, 0.0], [0.5, 0.0, 0.0]]))
+    term.finish(answers)
+    assert float(term.history.means()[0]) == pytest.approx((6 + 27 + 6) / 9)  # of all three iterations
 
 
 def test_the_entropy_bonus_stops_above_the_target_and_its_weight_moves(configure: Configure) -> None:
@@ -557,6 +575,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(method: str, configure: Co
         ("epo", ["entropy.args.start=1"], "entropy.args: start is 1, and the share of the iterations before the band is in [0, 1)"),
         ("adaptive_entropy", ["entropy.args.step=0"], "entropy.args: step 0 must be above 0"),
         ("grpo", ["entropy.args.step=1"], "entropy.args: step belong to target or band, and there is neither; leave them out"),
+        ("tw_grpo", ["training.sharding=fsdp2"], "tokens.weights: divergence needs the output head whole, and training.sharding is fsdp2; set none"),
         ("capo", ["objective.args.step=0"], "objective.args: step = 0 of capo is not a number above 0"),
     ],
 )

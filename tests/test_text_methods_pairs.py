@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from flowrl.cli import app
 from flowrl.config import Config, load_config
 from flowrl.core.list_losses import nash_mp_penalty
-from flowrl.core.preference import PAIR_OBJECTIVES
 from flowrl.pairing import PairCounts
+from flowrl.seeds import generator
 from flowrl.text.lists import AnchorTerm, WinRate, levels_of
 from flowrl.text.pairs import choose_pairs, revised, trained_tokens
 from flowrl.text.samples import EXPERT
@@ -56,6 +56,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     "nash_mp": (),
     "trpa": ("pairing.levels=[0.3,0.1]", "objective.updates_per_iteration=3"),
     "lipo": (),
+    "a_star_po": ("shaping={reference_value: {samples: 2, temperature: 0.5}}",),
 }
 LIKE_DPO = ("dpo", "cdpo", "robust_dpo", "rpo", "length_normalised_dpo", "tgdpo", "vpo", "osp")
 STORED = (
@@ -150,7 +151,7 @@ def test_every_method_fits_the_embedded_model() -> None:
 
 @pytest.mark.parametrize("method", ["dpo", "simpo", "vpo", "rebel", "p3o", "self_improving_rpo", "lipo", "copg_group"])
 def test_methods_train_on_stored_pairs(method: str, folder: Path) -> None:
-    _, (first, second) = assert_trains(stored(folder, *(["pairing={rule: best_worst}"] if method in ("vpo", "rebel", "p3o") else []), method=method))
+    _, (first, second) = assert_trains(stored(folder, method=method))
     assert first["tokens/sampled"] == first["answers"] == 0
     assert first.get("pair/count", 3) == second.get("pair/count", 3) == 3
 
@@ -176,16 +177,16 @@ def test_stored_pairs_are_groups_of_two_with_an_end_and_are_counted_in_closed_fo
 
 def test_scores_and_strengths_of_the_data_reach_the_loss(folder: Path) -> None:
     rich = [pair | {"chosen_score": 3.0, "rejected_score": 1.0 + n} for n, pair in enumerate(STORED)]
-    config = stored(folder, "pairing.rule=best_worst", method="rebel", pairs=rich)
+    config = stored(folder, method="rebel", pairs=rich)
     trainer = Trainer(config)
     metrics, _ = trainer.iterate(1)
     gaps = [2.0 - index for index in trainer.engine.groups(1)]  # of equal log-ratios the loss is the square of the difference of the scores
     assert metrics["reward/total/mean"] == pytest.approx(sum(3.0 - gap / 2 for gap in gaps) / 3)
-    _, _, update = begin(stored(folder, "pairing.rule=best_worst", "objective.updates_per_iteration=1", method="rebel", pairs=rich))
+    _, _, update = begin(stored(folder, "objective.updates_per_iteration=1", method="rebel", pairs=rich))
     weights = SimpleNamespace(decision=torch.ones(3), scale=1.0, unit_scale=1.0)
     assert update.loss(torch.arange(3), weights, first=True, idle=False).item() == pytest.approx(sum(gap**2 for gap in gaps), rel=1e-5)
     even = [pair | {"preference": 0.5} for pair in STORED]
-    loss = first_gradient(stored(folder, "pairing.rule=best_worst", method="osp", pairs=even))
+    loss = first_gradient(stored(folder, method="osp", pairs=even))
     assert float(loss.norm()) < 1e-7  # a tie holds h at 0, where it is
 
 
@@ -242,7 +243,7 @@ def test_kept_answers_become_pairs_by_the_score_that_is_asked_for(tmp_path: Path
 
 @pytest.mark.parametrize("method", LIKE_DPO)
 def test_at_the_reference_the_loss_is_ln_2(method: str, folder: Path) -> None:
-    extra = ("objective.sft_weight=0",) if method == "rpo" else ("pairing.rule=best_worst",) if method in ("vpo", "osp") else ()
+    extra = ("objective.sft_weight=0",) if method == "rpo" else ()
     pairs = [pair | {"chosen_score": 1, "rejected_score": 0} for pair in STORED]
     metrics, _ = Trainer(stored(folder, *extra, "objective.inner_epochs=1", method=method, pairs=pairs)).iterate(1)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -283,12 +284,12 @@ def test_swapped_pairs_have_the_opposite_gradient_at_the_reference(folder: Path)
         ("robust_dpo", (), "dpo", (), 1 / (1 - 2 * 0.1)),
         ("rpo", ("objective.sft_weight=0",), "dpo", ("objective.beta=0.01",), 1.0),
         ("rpo", ("objective.sft_weight=0",), "cdpo", ("objective={beta: 0.01, label_smoothing: 0.0}",), 1.0),
-        ("vpo", ("objective.args={alpha: 0}", "pairing.rule=best_worst"), "dpo", (), 1.0),
-        ("osp", ("pairing.rule=best_worst",), "dpo", (), 2 / (1 + math.exp(-1)) - 1),  # q = sigmoid(1 - 0), and q - 1/2 against 1/2
+        ("vpo", ("objective.args={alpha: 0}",), "dpo", (), 1.0),
+        ("osp", (), "dpo", (), 2 / (1 + math.exp(-1)) - 1),  # q = sigmoid(1 - 0), and q - 1/2 against 1/2
         ("tgdpo", (), "dpo", (), 1.0),  # the guide is the model itself
         ("lipo", (), "dpo", ("objective.beta=0.05",), 1 / math.log(2) - 1 / math.log(3)),  # a list of two
-        ("copg", ("pairing.rule=best_worst",), "rebel", ("pairing.rule=best_worst", "objective={beta: 0.1, updates_per_iteration: 1}"), 0.1**2),
-        ("copg_group", (), "copg", ("pairing.rule=best_worst",), 1.0),  # k = 2: (R'_1 - R'_2)^2
+        ("copg", (), "rebel", ("objective={beta: 0.1, updates_per_iteration: 1}",), 0.1**2),
+        ("copg_group", (), "copg", (), 1.0),  # k = 2: (R'_1 - R'_2)^2
         (
             "self_improving_rpo",
             ("objective.args={alpha: 1}",),
@@ -311,7 +312,7 @@ def test_pessimism_on_stored_pairs_is_a_pull_to_the_chosen_answer(folder: Path) 
     """VPO offline has RPO's gradient with sft_weight = alpha beta, on sums: here all answers have 4 tokens, of which RPO takes the mean."""
     even = [{"prompt": prompt, "chosen": "yes", "rejected": "nah"} for prompt in ("one", "two")]
     run = ("rollout.groups_per_iteration=2",)
-    found = first_gradient(stored(folder, *run, "objective={beta: 0.1, args: {alpha: 0.5}}", "pairing.rule=best_worst", method="vpo", pairs=even))
+    found = first_gradient(stored(folder, *run, "objective={beta: 0.1, args: {alpha: 0.5}}", method="vpo", pairs=even))
     assert_proportional(found, first_gradient(stored(folder, *run, "objective={beta: 0.1, sft_weight: 0.2}", method="rpo", pairs=even)))
 
 
@@ -344,6 +345,26 @@ def test_soft_self_play_of_whole_groups_is_reinforce_on_win_rates(folder: Path) 
     signs = [0.5, -0.5, 0.0, 0.0, -0.5, 0.5]
     plain = ("method=grpo", *two, "objective={name: reinforce, reduction: seq_mean_token_sum}", "advantage={centre: none, scale: none}")
     assert_proportional(found, first_gradient(text_config(folder, *plain), signs), 2.0)
+
+
+def test_the_optimal_value_is_asked_of_the_reference_once(folder: Path) -> None:
+    config = sampled(folder, "a_star_po", "rollout.groups_per_iteration=4", "optimizer.learning_rate=0.01", "objective.args.beta=0.5")
+    trainer = Trainer(config)
+    shaper = trainer.engine.shapers[0]
+    spent = [trainer.iterate(iteration)[0]["nfe/forward"] for iteration in (1, 2)]
+    assert spent[0] > spent[1]  # 4 prompts, all met in the first iteration
+    with trainer.policy.reference():
+        for index, prompt in enumerate(trainer.prompts):
+            draws = [generator(0, "reference_value", index)]
+            completions = trainer.policy.generate(trainer.policy.encode([prompt]), [2], config.generation, draws)
+            first, second = ((sum(letter in "aeiou" for letter in text) / max(1, len(text))) for text in completions.texts)
+            # temperature log mean exp(R / temperature)
+            assert shaper.values[index] == pytest.approx(0.5 * math.log((math.exp(2 * first) + math.exp(2 * second)) / 2), abs=1e-6)
+    one = [0.5] * 12  # at the reference u = 0: the gradient is -2 beta (R - V) grad log_prob
+    found = first_gradient(sampled(folder, "a_star_po", "objective.args.beta=0.5"), one)
+    _, answers, _ = begin(sampled(folder, "a_star_po", "objective.args.beta=0.5"), one)
+    plain = ("method=grpo", "objective={name: reinforce, reduction: seq_mean_token_sum, updates_per_iteration: 1}", "advantage={centre: none, scale: none}")
+    assert_proportional(found, first_gradient(text_config(folder, *plain), answers.rewards.tolist()), 1.0)
 
 
 # --- pairs of sampled groups --------------------------------------------------------------------------------------------------------------------
@@ -542,9 +563,10 @@ def test_an_iteration_without_a_pair_changes_nothing(folder: Path) -> None:
             "data.pairs: clipped_surrogate needs samples of the policy; use an objective of pairs such as dpo",
         ),
         ("dpo", ("data.pairs=x",), "rollout.group_size: a stored pair is a group of 2, not of 4; set rollout.group_size: 2"),
-        ("vpo", ("data.pairs=x", "rollout.group_size=2"), "pairing.rule: stored pairs have been chosen; leave rule and cap out"),
+        ("refuel", ("data.pairs=x", "rollout.group_size=2"), "tree: it says how answers are sampled, and stored pairs are not; leave it out"),
         ("lipo", ("advantage.centre=group",), "advantage: lipo compares rewards itself; set centre: none and scale: none"),
         ("trpa", ("pairing.levels=[]",), "pairing.levels: trpa compares answers of different levels; give the rewards at which levels begin, for example [1]"),
+        ("a_star_po", ("shaping=[]",), "shaping: a_star_po regresses rewards less what the reference could reach; add reference_value"),
         ("trpa", ("objective.reduction=mean",), "objective.reduction: the loss of trpa is that of a whole answer; use seq_mean"),
         ("nash_mp", ("old_policy=null",), "anchor.weight: there is no old policy to anchor to; give old_policy, for example {every: 2, decay_slope: 0}"),
     ],
@@ -569,17 +591,8 @@ def test_pairs_that_cannot_be_trained_are_named(pair: dict[str, str], expected: 
         Trainer(stored(folder, pairs=[STORED[0], {"prompt": "a word", **pair}]))
 
 
-def test_osp_asks_for_the_strength_of_stored_preferences(folder: Path) -> None:
+def test_what_the_data_or_the_context_lack_is_an_error_before_the_first_iteration(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.pairs: osp needs how strong each preference is; give `preference` or scores with every pair, or use dpo"):
-        Trainer(stored(folder, "pairing.rule=best_worst", method="osp"))
-
-
-def test_drafts_that_do_not_fit_are_an_error_before_the_first_iteration(folder: Path) -> None:
+        Trainer(stored(folder, method="osp"))
     with pytest.raises(UserError, match=r"objective.name: srpo puts an answer of up to 30 tokens into a prompt .* context of 64"):
         Trainer(sampled(folder, "self_improving_rpo", "generation.max_new_tokens=30"))
-
-
-def test_every_pair_loss_of_the_core_can_be_trained_on_text() -> None:
-    from flowrl.text.objectives import TOKEN_OBJECTIVES
-
-    assert set(PAIR_OBJECTIVES) <= set(TOKEN_OBJECTIVES)

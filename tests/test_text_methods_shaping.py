@@ -23,6 +23,7 @@ from flowrl.text.samples import EXPERT, HINTED, PAST, Pick, Samples, picked
 from flowrl.text.shaped import sampled_likelihood
 from flowrl.trainer import Trainer
 from flowrl.types import Decisions, Prompt, Scores, UserError
+from flowrl.updates.base import Weights
 
 REWARDS = '''
 import torch
@@ -357,6 +358,23 @@ def test_guided_answers_are_trained_without_their_hint(folder: Path) -> None:
     within = trainer.policy.token_output(helped, torch.tensor([4])).log_prob.detach()[0]
     here = s.completions.mask[4]
     assert within[here].tolist() == pytest.approx(s.old[4][here].tolist(), abs=1e-4)  # and they were sampled with it
+
+
+def test_the_first_update_leaves_the_old_log_probabilities_of_other_policies(folder: Path) -> None:
+    """Answers of both kinds in one micro-batch: those without a hint get theirs now, the helped ones keep those that they were sampled with."""
+    trainer = Trainer(configure(folder, "guide_grpo", LATER, "allocation.samples=[{name: hints, args: {rule: guide, tries: 2}}]"))
+    indices, numbers = trainer.engine.groups(1), [0, 1, 2]
+    prompts = [trainer.prompts[i] for i in indices]
+    rolled_out, pending = trainer.engine.roll_out(prompts, indices, numbers, 1)
+    assigned, _ = trainer.assign(rolled_out, pending[0].result(), prompts, numbers, 1)
+    update, _ = trainer.engine.update(rolled_out, assigned, prompts, numbers, 1)
+    units = torch.arange(18)
+    update.prepare([units])
+    update.loss(units, Weights(update.weigh(units, 3)[0], 1.0, 1.0), first=True, idle=False)
+    s = rolled_out.drawn.samples
+    now = trainer.policy.token_output(s.completions, units).log_prob.detach()
+    assert torch.equal(update.old[s.known], s.old[s.known])
+    assert update.old[~s.known].flatten().tolist() == pytest.approx(now[~s.known].flatten().tolist(), abs=1e-5)
 
 
 def test_hints_are_shares_of_what_the_data_knows() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,11 +23,15 @@ from flowrl.evaluation import Evaluation, Evaluator, sigmas_of
 from flowrl.likelihood_agreement import trains_steps
 from flowrl.likelihoods.transition import TransitionLikelihood
 from flowrl.pairs import PairSet, load_pairs
+from flowrl.picture_groups import PictureGroups
+from flowrl.picture_shaping import PICTURE_SHAPERS, shape_rewards
 from flowrl.planning import build_plan, minimum_rows, trained_rows
-from flowrl.preflight import check_kernel, check_memory, check_pairs, check_updates
+from flowrl.preflight import check_kernel, check_memory, check_pairs, check_shaping, check_updates
+from flowrl.reward_metrics import join_scores
 from flowrl.rollout_log import SavedRollout, save_rollout
 from flowrl.sections import SelectionConfig
 from flowrl.seeds import derive_seed, generator
+from flowrl.text.parts import make_part
 from flowrl.types import Prompt, Rollout, SampleBatch, Scores, UserError
 from flowrl.updates.base import Update
 from flowrl.updates.direct import DIRECT_OBJECTIVES, DirectUpdate, kept_steps
@@ -48,11 +53,12 @@ _WAITING = 4
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A rollout and the plan that it follows; see `flowrl.engines.base.RolledOut`."""
+    """A rollout and the plan that it follows; see `flowrl.engines.base.RolledOut`. runs: of groups of different sizes, as in `Assigner`."""
 
     plan: Plan
     rollout: Rollout
     num_sampled: int
+    runs: tuple[tuple[Plan, int], ...] = ()
 
     @property
     def group(self) -> Tensor:
@@ -100,6 +106,8 @@ class DiffusionEngine:
         self.shift = policy.shift_for(config.rollout.num_steps) if config.rollout.shift is None else config.rollout.shift
         self.likelihood = TransitionLikelihood(config.rollout.kernel, config.rollout.log_prob_reduction, policy.prediction)
         self.assigner = Assigner(config, setting.add, setting.reward_weights, reward_bounds(config, self.rewards))
+        self.allocation = PictureGroups(config, len(self.prompts), self.assigner.estimator.bounds)
+        self.shapers = [make_part("shaping", PICTURE_SHAPERS, part.name, part.args) for part in config.shaping]
         self.critic: Critic | None = None
         if config.critic is not None:
             channels, pooled_dim = policy.latent_shape[0], policy.pooled.shape[1]
@@ -110,19 +118,19 @@ class DiffusionEngine:
             raise UserError("rollout.group_shards: a reward compares the samples of a group, which must stay together then; use group_shards: 1")
         check_memory(self)
         check_updates(self)
+        check_shaping(self)
         if self.pairs is not None:
             check_pairs(self)
 
     def groups(self, iteration: int) -> list[int]:
-        """Where groups are sampled in parts, the parts stand side by side, each as a group of its own."""
-        return [index for index in self.sampler.groups(iteration - 1) for _ in range(self.config.rollout.group_shards)]
+        return self.allocation.ask(iteration)
 
-    def plan(self, iteration: int) -> Plan:
-        """The plan of an iteration (>= 1), the same on every process."""
+    def plan(self, iteration: int, group_size: int | None = None) -> Plan:
+        """The plan of an iteration (>= 1) for groups of that size, the same on every process; None = equally large ones."""
         seed = derive_seed(self.config.seed, iteration)
         kept = kept_steps(self.config, iteration)
         rollout = self.config.rollout
-        part = rollout if rollout.group_shards == 1 else rollout.model_copy(update={"group_size": rollout.group_size // rollout.group_shards})
+        part = rollout.model_copy(update={"group_size": group_size or rollout.group_size // rollout.group_shards})
         return build_plan(part, self.sigmas, shift=self.shift, iteration=iteration, seed=seed, kept_steps=kept)
 
     # --- sampling ---
@@ -133,8 +141,16 @@ class DiffusionEngine:
         if self.pairs is not None:
             rollout, scores = self.read_pairs(indices)
             return Sampled(plan, rollout, 0), [Known(scores)]
-        rollout, pending = self.sample(plan, prompts, numbers, iteration)
-        return Sampled(plan, rollout, len(rollout.leaves)), pending
+        sizes, parts, pending, start = self.allocation.sizes(numbers), list[Rollout](), list[Pending](), 0
+        runs = [(self.plan(iteration, size), len(list(run))) for size, run in groupby(sizes)]
+        for own, count in runs:
+            stop = start + count
+            rollout, submitted = self.sample(own, prompts[start:stop], numbers[start:stop], iteration)
+            parts.append(rollout)
+            pending += submitted
+            start = stop
+        rollout = concatenate(parts)
+        return Sampled(plan, rollout, len(rollout.leaves), tuple(runs)), pending
 
     def read_pairs(self, indices: Sequence[int]) -> tuple[Rollout, dict[str, Scores]]:
         """Stored preference pairs as a rollout of groups of two: the chosen sample has reward 1, the rejected one 0."""
@@ -197,8 +213,11 @@ class DiffusionEngine:
         iteration: int,
     ) -> tuple[Assignment | Samples, dict[str, Any]]:
         add = self.setting.add
-        assigned = self._assign(self.assigner, rolled_out, scores, everywhere, prompts, numbers, iteration)
         metrics: dict[str, Any] = {}
+        keeps = torch.ones(len(numbers), dtype=torch.bool)
+        if not self.allocation.plain:
+            keeps, metrics = self.allocation.observe(rolled_out.group, numbers, scores["total"], everywhere["total"], self.gather, add)
+        assigned = self._assign(self.assigner, rolled_out, scores, everywhere, prompts, numbers, iteration, keeps)
         whole = self._whole(rolled_out, numbers)
         if whole is not None:
             total, sets = everywhere["total"], whole[0]
@@ -218,7 +237,11 @@ class DiffusionEngine:
         one = self.config.model_copy(update={"rewards": self.config.rewards[:1]})
         assigner = Assigner(one, self.setting.add, bounds=self.assigner.estimator.bounds)
         nobody = torch.zeros(0, dtype=torch.int64)
-        return self._assign(assigner, rolled_out, scores, everywhere, (nobody, nobody), numbers, iteration)
+        return self._assign(assigner, rolled_out, scores, everywhere, (nobody, nobody), numbers, iteration, torch.ones(len(numbers), dtype=torch.bool))
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process."""
+        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
 
     def _assign(
         self,
@@ -229,10 +252,30 @@ class DiffusionEngine:
         prompts: tuple[Tensor, Tensor],
         numbers: Sequence[int],
         iteration: int,
+        keeps: Tensor,
     ) -> Assignment | Samples:
+        """keeps: [P] bool, groups that are trained."""
         whole = self._whole(rolled_out, numbers)
+
+        def join(total: Scores) -> Scores:
+            return join_scores([{"total": part} for part in self.gather(total)])["total"]
+
+        scores, everywhere = shape_rewards(self.shapers, rolled_out.rollout, scores, everywhere, join)
         if trains_steps(self.config):
-            return assigner(rolled_out.plan, rolled_out.rollout, scores, everywhere, prompts=prompts, numbers=numbers, iteration=iteration, whole=whole)
+            assigned = assigner(
+                rolled_out.plan,
+                rolled_out.rollout,
+                scores,
+                everywhere,
+                prompts=prompts,
+                numbers=numbers,
+                iteration=iteration,
+                whole=whole,
+                runs=rolled_out.runs,
+                trained=None if bool(keeps.all()) else keeps[rolled_out.group],
+            )
+            trained = zip(self.allocation.sizes(numbers), keeps.tolist(), strict=True)
+            return replace(assigned, sizes=tuple(size for size, kept in trained if kept))
         return assigner.samples(rolled_out.rollout, scores, everywhere, prompts=prompts, whole=whole)
 
     def _whole(self, rolled_out: Sampled, numbers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
@@ -241,7 +284,7 @@ class DiffusionEngine:
         if shards == 1:
             return None
         here = torch.tensor(numbers)[rolled_out.group] // shards
-        parts = gather_object([here]) if self.accelerator.num_processes > 1 else [here]
+        parts = self.gather(here)
         before = sum(len(part) for part in parts[: self.accelerator.process_index])
         return torch.cat(parts), torch.arange(before, before + len(here))
 
@@ -314,18 +357,25 @@ class DiffusionEngine:
         ``idle_rows`` keep this process in step with others that have something to train.
         """
         config, add = self.config, self.setting.add
-        num_groups //= config.rollout.group_shards
-        forward, _ = minimum_rows(config.rollout, iteration=iteration, seed=derive_seed(config.seed, iteration)) if self.pairs is None else (0, 0)
+        seed = derive_seed(config.seed, iteration)
+        sized = {size: self._sized(size) for size in {*self.allocation.sizes(range(num_groups))}}
+        least = {size: minimum_rows(part.rollout, iteration=iteration, seed=seed)[0] for size, part in sized.items()}
+        rollout = sum(least[size] for size in self.allocation.sizes(range(num_groups))) if self.pairs is None else 0
         placeholders = int(add(float(assigned.placeholder)))
         if isinstance(assigned, Assignment):
-            rows, selected = trained_rows(config, iteration), int(add(assigned.rows))
-            units = num_groups * rows if rows is not None and all_valid else selected
+            rows = {size: trained_rows(part, iteration) for size, part in sized.items()}
+            trained, selected = int(add(float(sum(rows[size] or 0 for size in assigned.sizes)))), int(add(assigned.rows))
+            units = selected if None in rows.values() or not all_valid else trained
         elif assigned.pairs is not None:
             units = int(add(0.0 if assigned.placeholder else float(len(assigned.pairs))))
         else:
-            units = units_of_samples(config, num_groups) if self._strength(iteration) > 0 else 0
+            units = units_of_samples(config, num_groups // config.rollout.group_shards) if self._strength(iteration) > 0 else 0
         idle = int(add(idle_rows))
-        return sum(least_rows(config, iteration, rollout=num_groups * forward, units=units, idle_rows=idle, placeholders=placeholders))
+        return sum(least_rows(config, iteration, rollout=rollout, units=units, idle_rows=idle, placeholders=placeholders))
+
+    def _sized(self, group_size: int) -> Config:
+        """The config with groups of that size."""
+        return self.config.model_copy(update={"rollout": self.config.rollout.model_copy(update={"group_size": group_size})})
 
     # --- evaluation and state ---
 
@@ -339,7 +389,8 @@ class DiffusionEngine:
         return self.evaluator(split, number, guidance_scale, keep)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"critic": None if self.critic is None else self.critic.state_dict(), "assigner": self.assigner.state_dict()}
+        critic = None if self.critic is None else self.critic.state_dict()
+        return {"critic": critic, "assigner": self.assigner.state_dict(), "allocation": self.allocation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if (self.critic is None) != (state["critic"] is None):
@@ -347,3 +398,4 @@ class DiffusionEngine:
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
         self.assigner.load_state_dict(state.get("assigner"))
+        self.allocation.load_state_dict(state.get("allocation"))

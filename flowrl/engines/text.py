@@ -255,7 +255,7 @@ class TextEngine:
         if rolled_out.rolled is not None:
             answers.extra |= {"sampling_tokens": rolled_out.rolled.sampled, **rolled_out.rolled.extra}
             answers.metrics |= rolled_out.rolled.metrics
-        answers.extra |= {"value": self.value, "advantage_factor": self.setting.reward_weights.factor}
+        answers.extra |= {"value": self.value, "advantage_factor": self.setting.reward_weights.factor, "scored": self.scored}
         return answers
 
     def assign(

@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from flowrl.policies.pipelines import ASSETS, UNUSABLE, _advice, _first_line, without_progress_bars
+from flowrl.policies.pipelines import ASSETS, UNUSABLE, advice, first_line, without_progress_bars
 from flowrl.types import UserError
 
 __all__ = ["EXAMPLE", "is_language_model", "load_language_model", "located", "rendered"]
@@ -75,8 +75,8 @@ def load_language_model(path: str, dtype: torch.dtype, attention: str | None) ->
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **weights, **({} if attention is None else {"attn_implementation": attention}))
     except (*UNUSABLE, ImportError) as error:
         if attention is not None and _is_about(error, attention):
-            raise UserError(f"model.attention_backend: {attention} cannot be used: {_first_line(error)}{_advice(error)}") from error
-        raise UserError(f"model.path: {path} could not be loaded as a language model: {_first_line(error)}{_advice(error)}") from error
+            raise UserError(f"model.attention_backend: {attention} cannot be used: {first_line(error)}{advice(error)}") from error
+        raise UserError(f"model.path: {path} could not be loaded as a language model: {first_line(error)}{advice(error)}") from error
     if not len(tokenizer):
         raise UserError(f"model.path: {path} has no tokenizer; copy the tokenizer's files into it")
     return model, tokenizer

@@ -16,7 +16,18 @@ from transformers.utils import logging as transformers_logging
 
 from flowrl.types import UserError
 
-__all__ = ["ASSETS", "DTYPE_KEYWORD", "UNUSABLE", "UNUSED", "load_pipeline", "pipeline_class", "resolve_model_path", "without_progress_bars"]
+__all__ = [
+    "ASSETS",
+    "DTYPE_KEYWORD",
+    "UNUSABLE",
+    "UNUSED",
+    "advice",
+    "first_line",
+    "load_pipeline",
+    "pipeline_class",
+    "resolve_model_path",
+    "without_progress_bars",
+]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPE_KEYWORD = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"  # diffusers renamed it in 0.40
@@ -45,7 +56,7 @@ def _located(path: str, example: str) -> tuple[str, Path | None]:
     if Path(where).exists() and not (Path(where) / "model_index.json").is_file():
         raise UserError(f"model.path: {path} is not a diffusers pipeline (no model_index.json); give the folder that save_pretrained wrote")
     if not Path(where).exists() and (where.startswith((".", "/", "~")) or where.count("/") != 1):
-        raise UserError(f"model.path: {path} does not exist; give a folder, a hub id such as {example}, or flowrl:tiny-sd3")
+        raise UserError(f"model.path: {path} does not exist; give a folder, a hub id such as {example}, flowrl:tiny-sd3 or flowrl:tiny-lm")
     return where, Path(where) if Path(where).exists() else None
 
 
@@ -59,7 +70,7 @@ def pipeline_class(path: str, example: str) -> str:
     try:
         return str(DiffusionPipeline.load_config(where).get("_class_name"))
     except UNUSABLE as error:
-        raise UserError(f"model.path: {path} could not be loaded as a pipeline: {_first_line(error)}{_advice(error)}") from error
+        raise UserError(f"model.path: {path} could not be loaded as a pipeline: {first_line(error)}{advice(error)}") from error
 
 
 def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, dtypes: Mapping[str, torch.dtype]) -> Any:
@@ -87,7 +98,7 @@ def load_pipeline(path: str, classes: Sequence[str], title: str, example: str, d
         with without_progress_bars() if local else nullcontext():
             return getattr(diffusers, kind).from_pretrained(where, **{DTYPE_KEYWORD: {"vae": torch.float32, **dtypes}}, **absent)
     except UNUSABLE as error:
-        raise UserError(f"model.path: {path} could not be loaded as a {title} pipeline: {_first_line(error)}{_advice(error)}") from error
+        raise UserError(f"model.path: {path} could not be loaded as a {title} pipeline: {first_line(error)}{advice(error)}") from error
 
 
 @contextmanager
@@ -103,7 +114,7 @@ def without_progress_bars() -> Iterator[None]:
             switch.enable_progress_bar()
 
 
-def _advice(error: BaseException) -> str:
+def advice(error: BaseException) -> str:
     """What the hub said. diffusers tells a gated model and a hub that does not answer from a missing one only in the errors underneath its own."""
     kinds, text, cause = set(), str(error), error.__cause__ or error.__context__
     while cause is not None:
@@ -116,5 +127,6 @@ def _advice(error: BaseException) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that follow; its class where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -30,7 +30,7 @@ __all__ = ["only_of_text", "token_disagreements"]
 _TOKEN_KL: tuple[str, ...] = get_args(KlKind)
 _OF_PICTURES = ("credit", "selection", "matching", "direct", "layer_tuning")
 _OF_STEPS = (("step_weight", "none"), ("dynamic_clip", 0.0))
-_OF_TEXT = ("generation", "allocation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial", "pairing")
+_OF_TEXT = ("generation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial", "pairing")
 _USED_OF_ROLLOUT = ("groups_per_iteration", "group_size")
 _SQUARED = ("reg_grpo", "gvpo", "rover", "kimi")
 """Squared losses, which have no bounds to clip."""
@@ -87,6 +87,8 @@ def token_disagreements(config: Config) -> Iterator[str]:
     yield from sample_disagreements(config)
     for part in config.tokens.weights:
         yield from part_problems("tokens.weights", FACTORS, part.name, part.args)
+        if part.name == "divergence" and config.training.sharding != "none":
+            yield f"tokens.weights: divergence needs the output head whole, and training.sharding is {config.training.sharding}; set none, or leave it out"
 
 
 def _of_the_objective(config: Config) -> Iterator[str]:
@@ -150,8 +152,7 @@ def _fits(where: str, function: Callable[..., object], args: Mapping[str, Any]) 
 def only_of_text(config: Config) -> Iterator[str]:
     """Settings of language models in a run of pictures."""
     for name in _OF_TEXT:
-        part = getattr(config, name)
-        if part is not None and part != type(part)():
+        if getattr(config, name) != type(config).model_fields[name].default:
             yield f"{name}: it belongs to language models; with likelihood: {config.likelihood} leave it out"
     if config.kl.weight > 0 and config.kl.form in _TOKEN_KL:
         yield f"kl.form: {config.kl.form} compares tokens; with likelihood: {config.likelihood} use fg_code, exact_mean, v_mse, x_mse or v_elbo"

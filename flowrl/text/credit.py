@@ -12,13 +12,13 @@ from torch import Tensor
 from flowrl.core.token_advantages import masked_moments, token_returns, whiten
 from flowrl.estimation import Estimator
 from flowrl.text.advantages import Credit, sample_advantages, summed_moments, token_rewards
-from flowrl.text.agents import GigpoCredit, IgpoCredit, SaltCredit
 from flowrl.text.answers import Answers
 from flowrl.text.bundles import ConsistencyCredit, RiskCredit
 from flowrl.text.parts import Stateless
 from flowrl.text.segments import SegmentCredit
 from flowrl.text.steps import StepGate
 from flowrl.text.trees import TreeCredit
+from flowrl.text.turns import GigpoCredit, IgpoCredit, SaltCredit
 from flowrl.text.value import GaeCredit
 
 __all__ = ["CREDITS", "Credit", "sample_advantages", "summed_moments"]

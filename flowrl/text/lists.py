@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowrl.core.list_losses import LIST_OBJECTIVES
 from flowrl.core.regularizers import categorical_kl_estimate
 from flowrl.core.shaping import preferences, win_rate
-from flowrl.objective_names import OBJECTIVE_NAMES, arguments, parameters
+from flowrl.objective_names import OBJECTIVE_NAMES, arguments, load_objective, parameters
 from flowrl.text.answers import Answers
 from flowrl.text.batch import Batch, ObjectiveBase
 from flowrl.text.parts import Stateless
@@ -37,7 +36,7 @@ def levels_of(rewards: Tensor, bounds: Sequence[float]) -> Tensor:
 
 
 class ListObjective(ObjectiveBase):
-    """An objective of flowrl/core/list_losses.py. Its losses are means over pairs or lists of all processes, in whatever parts they are evaluated."""
+    """An objective of flowrl/core/list_losses.py, or `a_star_po`. A mean is over the pairs or lists of all processes, in whatever parts they are evaluated."""
 
     whole_groups: ClassVar[bool] = True
 
@@ -61,7 +60,7 @@ class ListObjective(ObjectiveBase):
         args |= {"ref_log_prob": batch.token("reference")} if self.anchored else {}
         args |= {"beta": o.beta} if "beta" not in parameters(self.name) else {}  # one without a default is a key of the section
         args |= {"level": batch.of(extra["level"])} if "level" in takes else {}
-        found = LIST_OBJECTIVES[self.name](d, **args)
+        found: Objective = load_objective(self.name)(d, **args)
         if self.name not in _OF_PARTS or extra["sequences_a_part"] is None:
             return found
         parts, sequences = _counts(self.name, d.mask.any(1), args["group"], args.get("level"))

@@ -58,7 +58,7 @@ class GroupObjective(ObjectiveBase):
 TOKEN_OBJECTIVES: dict[str, Callable[[Config], TokenObjective]] = {
     **dict.fromkeys(OBJECTIVES, GateObjective),
     **dict.fromkeys(GROUP_OBJECTIVES, GroupObjective),
-    **dict.fromkeys(LIST_OBJECTIVES, ListObjective),
+    **dict.fromkeys((*LIST_OBJECTIVES, "a_star_po"), ListObjective),
     **dict.fromkeys(PAIR_OBJECTIVES, PairObjective),
     "drpo": Drpo,
     "annealed_mdpo": AnnealedMdpo,

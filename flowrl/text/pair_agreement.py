@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["pair_disagreements"]
 
 _OF_LEVELS = "trpa"
-_OWN_COMPARISON = ("copg_group", "lipo", "trpa")
+_OWN_COMPARISON = ("copg_group", "lipo", "trpa", "a_star_po")
 """List losses that read rewards as they are, or levels of them."""
 
 
@@ -38,7 +38,12 @@ def pair_disagreements(config: Config) -> Iterator[str]:
         yield f"advantage: {o.name} compares rewards itself; set centre: none and scale: none"
     if o.name == _OF_LEVELS and not p.levels:
         yield "pairing.levels: trpa compares answers of different levels; give the rewards at which levels begin, for example [1]"
-    if o.name in OBJECTIVE_NAMES and entry.kind == "group" and "flowrl.core.list_losses" in entry.function and o.reduction != "seq_mean":
+    shapers = {part.name for part in config.shaping}
+    if o.name == "a_star_po" and "reference_value" not in shapers:
+        yield "shaping: a_star_po regresses rewards less what the reference could reach; add reference_value"
+    if "reference_value" in shapers and config.data.pairs is not None:
+        yield "data.pairs: reference_value compares rewards with those of fresh answers, and stored pairs have none; leave it out"
+    if (o.name == "a_star_po" or "list_losses" in entry.function) and o.reduction != "seq_mean":
         yield f"objective.reduction: the loss of {o.name} is that of a whole answer; use seq_mean"
     if config.data.pairs is not None:
         yield from _of_stored_pairs(config)
@@ -87,8 +92,6 @@ def _of_stored_pairs(config: Config) -> Iterator[str]:
         yield f"data.pairs: {o.name} needs samples of the policy; use an objective of pairs such as dpo, or leave data.pairs out"
     if config.rollout.group_size != 2:
         yield f"rollout.group_size: a stored pair is a group of 2, not of {config.rollout.group_size}; set rollout.group_size: 2"
-    if config.pairing.rule != "best_worst" or config.pairing.cap is not None:
-        yield "pairing.rule: stored pairs have been chosen; leave rule and cap out"
     if config.old_policy is not None and config.old_policy.rollout:
         yield "old_policy.rollout: stored pairs are not sampled; leave it out"
     if config.logging.rollouts_every is not None:

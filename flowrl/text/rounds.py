@@ -150,9 +150,10 @@ class Rounds:
             chosen = [self._chosen[number] for number in asked.numbers]
             picks = [Pick(p, row, p) for p, piece in enumerate(chosen) for row in range(len(piece.samples))]
             samples, tokens, answers = picked([piece.samples for piece in chosen], picks), self._tokens, self._answers
-            samples = samples.with_columns(train=torch.tensor([piece.train for piece in chosen])[samples.group])
+            trained = torch.tensor([piece.train for piece in chosen])
             self._tokens = self._answers = 0
         else:
+            trained = torch.ones(len(asked.prompts), dtype=torch.bool)
             generators = [generator(sampler.config.seed, "tokens", asked.iteration, number) for number in asked.numbers]
             with sampler.phase():
                 completions = sampler.generate(asked.prompts, self.counts(asked.numbers), generators)
@@ -162,6 +163,7 @@ class Rounds:
             added = source(samples, asked, sampler)
             samples, tokens, answers = added.samples, tokens + added.tokens, answers + added.answers
             metrics |= added.metrics
+        samples = samples.with_columns(train=samples.columns["train"] & trained[samples.group])
         world = sampler.place[1]
         return Drawn(samples, answers, tokens, {name: value * world for name, value in metrics.items()}, bool(self.sources))
 

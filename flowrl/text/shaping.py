@@ -15,6 +15,7 @@ from flowrl.text.answers import Answers
 from flowrl.text.kl_price import KlPrice
 from flowrl.text.lists import WinRate
 from flowrl.text.parts import Part
+from flowrl.text.reference_value import ReferenceValue
 from flowrl.text.shaped import (
     ConstraintGate,
     ExitDecay,
@@ -62,6 +63,7 @@ SHAPERS: dict[str, Callable[..., Shaper]] = {
     "overlong": Overlong,
     "kl_price": KlPrice,
     "win_rate": WinRate,
+    "reference_value": ReferenceValue,
     "length_rank": LengthRank,
     "history_length": HistoryLength,
     "relative_length": RelativeLength,
