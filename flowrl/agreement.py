@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from flowrl.likelihood_agreement import DIRECT_NAMES, PAIR_NAMES, likelihood_disagreements
 from flowrl.objective_agreement import clip_has_effect, objective_disagreements, unknown_objective
+from flowrl.objective_names import OBJECTIVE_NAMES
 
 if TYPE_CHECKING:
     from flowrl.config import Config
@@ -380,7 +381,9 @@ def _of_the_likelihood(config: Config) -> Iterator[str]:
         yield from _changed("advantage", config.advantage, only=["transform", "temperature"], why=f"objective {name}")
     elif config.advantage.transform not in ("exp", "softmax"):
         yield from _changed("advantage", config.advantage, only=["temperature"], why=f"transform {config.advantage.transform}")
-    used = {"beta": pairs or name == "nft", "margin": name == "simpo", "sft_weight": name == "rpo", "label_smoothing": name in ("dpo", "rpo")}
+    smoothed = ("dpo", "rpo", "robust_dpo", "length_normalised_dpo", "vpo")
+    used = {"beta": OBJECTIVE_NAMES[name].kind == "pair" or name in ("nft", "sppo_group"), "margin": name == "simpo", "sft_weight": name == "rpo"}
+    used["label_smoothing"] = name in smoothed
     yield from _changed("objective", config.objective, only=[key for key, live in used.items() if not live], why=f"objective {name}")
 
 

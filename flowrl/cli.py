@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from flowrl import __version__, cli_export, cli_rewards
-from flowrl.cli_parts import complete_reward, examples, print_table
+from flowrl import __version__, cli_estimate, cli_export, cli_methods, cli_rewards
+from flowrl.cli_parts import Overrides, complete_reward, examples, print_table
 
 if TYPE_CHECKING:
     from flowrl.config import Config
@@ -89,25 +89,6 @@ def flowrl(
     """Fine-tune image generators with reinforcement learning."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _complete_override(incomplete: str) -> list[str]:
-    from flowrl.config import Config
-    from flowrl.mistakes import leaf_keys
-
-    return [f"{key}=" for key in leaf_keys(Config) if key.startswith(incomplete)]
-
-
-def _complete_method(incomplete: str) -> list[str]:
-    from flowrl.config import list_methods
-
-    return [name for name in list_methods() if name.startswith(incomplete)]
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, values in YAML.", autocompletion=_complete_override),
-]
 
 
 @app.command(
@@ -187,7 +168,7 @@ def _train(run_config: Config, resume: Path | None) -> None:
     if os.environ.get("RANK", "0") == "0":  # one voice under accelerate launch
         from flowrl.tracking import read_records
 
-        _print_evaluations(read_records(run / "evals.jsonl")[0])
+        _print_evaluations(read_records(run / "evals.jsonl")[0], guided=run_config.likelihood != "token")
         typer.echo(f"run:  {run}\nnext: flowrl report {run}")
 
 
@@ -195,18 +176,19 @@ def _train(run_config: Config, resume: Path | None) -> None:
     epilog=examples(
         "flowrl sample 'a red circle' 'a blue square' --out pictures",
         "flowrl sample --run runs/first --prompts flowrl:tiny-sd3/unseen --images-per-prompt 4",
+        "flowrl sample --model flowrl:tiny-lm 'Tom has 7 apples. He loses 3. How many apples does he have now?' --answers-per-prompt 4",
     )
 )
 def sample(
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw, or to answer.", show_default=False)] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="A .txt or .jsonl file of prompts, or an embedded set.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="Use the tuned weights of this run directory.")] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last, or a number of iterations.")] = "last",
     model: Annotated[str | None, typer.Option(help="Base model.", show_default="the run's, or flowrl:tiny-sd3")] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PNG files go; must be new or empty.")] = Path("samples"),
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the run's, or 20")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=1, help="1 = off.", show_default="the run's, or 1")] = None,
-    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt", "--answers-per-prompt", min=1)] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PNG files, or answers.jsonl, go; must be new or empty.")] = Path("samples"),
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of pictures.", show_default="the run's, or 20")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=1, help="Of pictures; 1 = off.", show_default="the run's, or 1")] = None,
+    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt", "--answers-per-prompt", min=1, help="Pictures, or answers, of each.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16.", show_default="the run's, or by the device")] = None,
 ) -> None:
@@ -303,10 +285,12 @@ def evaluate(
         typer.Option("--reward", "-r", help="Repeatable.", show_default="the run's evaluation rewards", autocompletion=complete_reward),
     ] = None,
     splits: Annotated[list[str] | None, typer.Option("--split", "-s", help="Prompt set, repeatable.", show_default="all of data.eval")] = None,
-    num_images: Annotated[int | None, typer.Option("--num-images", "-n", min=2, help="Per prompt set.", show_default="final_num_images")] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", "--num-answers", "-n", min=2, help="Per prompt set.", show_default="final_num_images")
+    ] = None,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the run's")] = None,
     guidance_scales: Annotated[list[float] | None, typer.Option("--guidance-scale", "-g", min=1, help="Repeatable, 1 = off.", show_default="the run's")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same pictures.", show_default="the run's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same samples.", show_default="the run's")] = None,
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last, or a number of iterations.")] = "last",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a table.")] = False,
 ) -> None:
@@ -319,6 +303,8 @@ def evaluate(
     for split in splits or []:
         if split not in config.data.eval:
             raise UserError(f"--split {split}: no such prompt set; {did_you_mean(split, config.data.eval)}")
+    if guidance_scales and config.likelihood == "token":
+        raise UserError("--guidance-scale: language models are sampled without guidance; leave it out")
     from flowrl.evaluation import evaluate_run
 
     settings = config.evaluation
@@ -337,91 +323,20 @@ def evaluate(
         for row in rows:
             typer.echo(json.dumps(row))
     else:
-        _print_evaluations(rows)
-
-
-@app.command(
-    epilog=examples(
-        "flowrl estimate configs/tiny_flow_grpo.yaml",
-        "flowrl estimate configs/tiny_flow_grpo.yaml rollout.same_noise=false --no-measure --json",
-    )
-)
-def estimate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
-    overrides: Overrides = None,
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time a few iterations on this machine, about 20 s.")] = True,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Predict the peak memory on a GPU, without weights, in seconds to a minute.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-) -> None:
-    """Say what a run will cost before it starts: network rows beside those of the method's released code, seconds and memory. Nothing is written."""
-    loaded = _load(config, list(overrides or []))
-    from flowrl.estimate import HEAD, cost_lines
-    from flowrl.estimate import estimate as count
-
-    expected, measured = count(loaded), None
-    if not as_json:
-        _print_noted(HEAD, *cost_lines(expected))
-    predicted = None
-    if memory:
-        from flowrl.memory_estimate import MEMORY_HEAD, estimate_memory, memory_lines
-        from flowrl.types import UserError
-
-        try:
-            predicted = estimate_memory(loaded)
-            if not as_json:
-                typer.echo("")
-                _print_noted(MEMORY_HEAD, *memory_lines(predicted))
-        except UserError as error:  # a hub that cannot be reached must not hide the rest, but a measurement needs the model too
-            if measure:
-                raise
-            typer.echo(f"memory: not predicted: {error}", err=as_json)
-    if measure:
-        from flowrl.measure import TIME_HEAD, time_lines
-        from flowrl.measure import measure as time_iterations
-
-        measured = time_iterations(loaded, expected)
-        if not as_json:
-            typer.echo("")
-            _print_noted(TIME_HEAD, *time_lines(measured))
-    if as_json:
-        typer.echo(
-            json.dumps(expected.as_dict() | {"memory": predicted.as_dict() if predicted else None, "measured": measured.as_dict() if measured else None})
-        )
+        _print_evaluations(rows, guided=config.likelihood != "token")
 
 
 @app.command(epilog=examples("flowrl report runs/first"))
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")]) -> None:
-    """Write RUN/report.html, one file with all curves and the pictures before and after, and print its path."""
+    """Write RUN/report.html, one file with all curves and the samples before and after, and print its path."""
     from flowrl.report import write_report
 
     typer.echo(write_report(run))
 
 
-@app.command(epilog=examples("flowrl methods", "flowrl methods flow_grpo"))
-def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_method, show_default=False)] = None,
-) -> None:
-    """List the training methods, or show one: its paper, its defaults, and where ours differs."""
-    from omegaconf import OmegaConf
-
-    from flowrl.config import list_methods
-    from flowrl.mistakes import did_you_mean
-    from flowrl.types import UserError
-
-    known = list_methods()
-    if name is None:
-        print_table(("method", "what it does"), [(key, method.summary) for key, method in known.items()])
-        return
-    if name not in known:
-        raise UserError(f"unknown method {name}; {did_you_mean(name, known)}")
-    method = known[name]
-    lines = [f"{name}: {method.summary}", method.paper]
-    for title, notes in (("Checked against the source", method.verified), ("Where ours differs", method.deviations)):
-        lines += ["", f"{title}:", *(f"- {note}" for note in notes)]
-    typer.echo("\n".join([*lines, "", "Defaults:", OmegaConf.to_yaml(OmegaConf.create(method.config)).rstrip()]))
-
-
+app.add_typer(cli_estimate.app)
 app.add_typer(cli_export.app)
+app.add_typer(cli_methods.app)
 app.add_typer(cli_rewards.app)
 
 
@@ -441,15 +356,8 @@ def _run_config(run: Path, config: Path | None = None, overrides: Sequence[str] 
     return loaded if Path(loaded.run_dir).resolve() == run.resolve() else loaded.model_copy(update={"run_dir": str(run)})
 
 
-def _print_noted(columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str]) -> None:
-    """A table of numbers with its notes below."""
-    print_table(columns, rows, numbers_from=1)
-    for note in notes:
-        typer.echo(note)
-
-
-def _print_evaluations(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Base beside tuned for every prompt set, reward and guidance scale; `*` where the 95 % confidence intervals do not overlap."""
+def _print_evaluations(rows: Iterable[Mapping[str, Any]], *, guided: bool) -> None:
+    """Base beside tuned for every prompt set, reward and, where there is one, guidance scale; `*` where the 95 % confidence intervals do not overlap."""
     pairs: dict[tuple[str, str, float], dict[str, Mapping[str, Any]]] = {}
     for row in rows:  # a later row replaces an earlier one, so of many evaluations the last remains
         policy = "base" if row["iteration"] == 0 else row["policy"]
@@ -467,8 +375,8 @@ def _print_evaluations(rows: Iterable[Mapping[str, Any]]) -> None:
             apart = abs(difference) > (base["ci95"] or 0) + (tuned["ci95"] or 0)
             change = f"{difference:+.3f}{'*' if apart else ' '}"
         count = (tuned or base or {}).get("n", "")
-        lines.append((split, reward, f"{guidance_scale:g}", interval(base), interval(tuned), change, str(count)))
-    print_table(("prompts", "reward", "CFG", "base", "tuned", "change", "samples"), lines, numbers_from=2)
+        lines.append((split, reward, *([f"{guidance_scale:g}"] if guided else []), interval(base), interval(tuned), change, str(count)))
+    print_table(("prompts", "reward", *(["CFG"] if guided else []), "base", "tuned", "change", "samples"), lines, numbers_from=2)
     typer.echo("mean ± half of the 95 % confidence interval; * = the intervals of base and tuned do not overlap")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
-__all__ = ["complete_reward", "examples", "print_table"]
+import typer
+
+__all__ = ["Overrides", "complete_reward", "examples", "print_noted", "print_table"]
 
 
 def examples(*lines: str) -> str:
@@ -30,6 +33,26 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, number
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False, stderr=stderr).print(table)
+
+
+def print_noted(columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str]) -> None:
+    """A table of numbers with its notes below."""
+    print_table(columns, rows, numbers_from=1)
+    for note in notes:
+        typer.echo(note)
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    from flowrl.config import Config
+    from flowrl.mistakes import leaf_keys
+
+    return [f"{key}=" for key in leaf_keys(Config) if key.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings on top of the file, values in YAML.", autocompletion=_complete_override),
+]
 
 
 def complete_reward(incomplete: str) -> list[str]:

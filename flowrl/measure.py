@@ -17,6 +17,7 @@ from flowrl.config import Config
 from flowrl.data import GroupSampler
 from flowrl.engines.diffusion import diffusion_engine
 from flowrl.estimate import Estimate, group_rows, units_of_group
+from flowrl.text_estimate import TextEstimate
 from flowrl.trainer import Trainer
 from flowrl.types import SampleBatch, Scores
 from flowrl.versions import cpu_name
@@ -36,7 +37,7 @@ class Measurement:
         text_encoders: of the whole run. evaluations: of the whole run, from the rollout's time per row and the reward's per picture; without a rollout
             from those of a few evaluated pictures.
         peak_memory: bytes, of the device's allocator or of the process.
-        samples: an iteration's, for `images_per_second`.
+        samples: an iteration's, for `images_per_second`. counted: what they are called.
     """
 
     device: str
@@ -51,6 +52,7 @@ class Measurement:
     text_encoders: float
     evaluations: float
     peak_memory: int
+    counted: str = "images"
 
     @property
     def iteration(self) -> float:
@@ -74,8 +76,10 @@ class Measurement:
         return {**asdict(self), **{name: getattr(self, name) for name in ("iteration", "images_per_second", "training", "run")}}
 
 
-def measure(config: Config, expected: Estimate, seconds: float = 20.0) -> Measurement:
+def measure(config: Config, expected: Estimate | TextEstimate, seconds: float = 20.0) -> Measurement:
     """Train a few iterations in memory with as few groups as keep it short, and scale their times to whole iterations. Nothing is written.
+
+    Iterations of a language model are whole: the length of answers decides what they cost, and with fewer groups it would be another sample of them.
 
     All groups are taken where a few such iterations fit into ``seconds``, else at most one batch of the rollout. With a critic they are iterations after
     its warm-up, as in the estimate.
@@ -85,6 +89,8 @@ def measure(config: Config, expected: Estimate, seconds: float = 20.0) -> Measur
     Raises:
         UserError: whatever a run would say at its start.
     """
+    if isinstance(expected, TextEstimate):
+        return _measure_text(config, expected, seconds)
     trainer = Trainer(config)
     started = time.perf_counter()
     watch = _Stopwatch(trainer.rewards)
@@ -137,6 +143,39 @@ def measure(config: Config, expected: Estimate, seconds: float = 20.0) -> Measur
         text_encoders=text_encoders * expected.run_text_encoder_rows,
         evaluations=expected.evaluation_rows * row + expected.evaluation_pictures * scoring,
         peak_memory=torch.cuda.max_memory_allocated() if cuda else _peak_memory_of_process(),
+    )
+
+
+def _measure_text(config: Config, expected: TextEstimate, seconds: float) -> Measurement:
+    """Whole iterations, at least one beside the first, as many as fit into ``seconds``; evaluations from the rollout's and the rewards' time per answer."""
+    trainer = Trainer(config)
+    cuda = trainer.policy.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    timed: list[dict[str, float]] = []
+    try:
+        while len(timed) < 2 or (len(timed) < 4 and time.perf_counter() - started + timed[-1]["seconds/total"] < seconds):
+            timed.append(trainer.iterate(len(timed) + 1)[1])
+    finally:
+        trainer.close()
+    kept = timed[1:]  # the first one also fills caches and picks kernels
+    rollout, reward, train = (statistics.fmean(t[f"seconds/{name}"] for t in kept) for name in ("rollout", "reward_wait", "train"))
+    answers = max(1, trainer.samples // len(timed))
+    return Measurement(
+        device=torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+        measured_iterations=len(kept),
+        measured_prompts=expected.prompts,
+        prompts=expected.prompts,
+        samples=answers,
+        iterations=expected.iterations,
+        rollout=rollout,
+        reward=reward,
+        train=train,
+        text_encoders=0.0,
+        evaluations=expected.evaluation_answers * (rollout + reward) / answers if trainer.samples else 0.0,
+        peak_memory=torch.cuda.max_memory_allocated() if cuda else _peak_memory_of_process(),
+        counted=trainer.engine.counted,
     )
 
 
@@ -202,10 +241,11 @@ def time_lines(measured: Measurement) -> tuple[list[tuple[str, ...]], list[str]]
     run = ", ".join(
         f"{name} {_duration(value)}"
         for name, value in (("iterations", measured.training), ("evaluations", measured.evaluations), ("text encoders", measured.text_encoders))
+        if value or name == "iterations"
     )
     whole = measured.measured_prompts == measured.prompts
     notes = [
-        f"images per second: {measured.images_per_second:.3g}",
+        f"{measured.counted} per second: {measured.images_per_second:.3g}",
         f"the whole run: {_duration(measured.run)} ({run})",
         f"peak memory: {measured.peak_memory / 2**30:.2f} GiB" + ("" if whole else f" with {measured.measured_prompts} of {measured.prompts} prompts"),
         f"measured: {measured.measured_iterations} iterations with {measured.measured_prompts} of {measured.prompts} prompts on {measured.device}",

@@ -93,9 +93,7 @@ def check_memory(engine: DiffusionEngine) -> None:
 def check_shaping(engine: DiffusionEngine) -> None:
     """Negative rewards would be shaped the wrong way round: a warning."""
     if engine.shapers and engine.assigner.estimator.bounds[0] < 0 and engine.accelerator.is_main_process:
-        _LOGGER.warning(
-            "shaping: rank_unlikely takes a share off the rewards of likely samples, which raises those below 0; use rewards that are never negative"
-        )
+        _LOGGER.warning("shaping: rank_unlikely takes a share off rewards of likely samples, which raises those below 0; use rewards that are never negative")
 
 
 def check_updates(engine: DiffusionEngine) -> None:

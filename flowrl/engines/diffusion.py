@@ -148,6 +148,8 @@ class DiffusionEngine:
             rollout, submitted = self.sample(own, prompts[start:stop], numbers[start:stop], iteration)
             parts.append(rollout)
             pending += submitted
+            for waiting in pending[:-_WAITING]:
+                waiting.result()
             start = stop
         rollout = concatenate(parts)
         return Sampled(plan, rollout, len(rollout.leaves), tuple(runs)), pending
