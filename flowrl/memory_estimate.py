@@ -91,10 +91,32 @@ def estimate_memory(config: Config, device: Kind | None = None, loader: Loader |
     from flowrl.policies.weightless import weightless
 
     kind: Kind = device or ("cpu" if config.training.device == "cpu" else "cuda")
+    if config.likelihood == "token":
+        return _of_text(config, kind)
     plan = _Plan.of(config)
     try:
         with weightless(loader), _like(kind), LiveBytes() as live:
             return _Account(config, plan, kind, live).estimate()
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"memory: this model could not be run without its weights ({said}); the run itself may be able to") from error
+
+
+def _of_text(config: Config, kind: Kind) -> MemoryEstimate:
+    """Of a language model."""
+    from flowrl.policies.prompt_lengths import prompt_lengths
+    from flowrl.policies.weightless import weightless
+    from flowrl.policies.weightless_text import weightless_language_models
+
+    if config.data.pairs is not None or config.environment is not None or config.generation.engine == "vllm":
+        what = "stored pairs" if config.data.pairs is not None else "environments" if config.environment is not None else "vllm's own network and cache"
+        raise UserError(f"memory: {what} are not predicted; the run itself shows what it takes")
+    prompts = load_prompts(config.data.train)
+    met = GroupSampler(len(prompts), config.rollout.groups_per_iteration, config.seed).met(config.training.iterations)
+    longest = max(prompt_lengths(config.model.path, [prompts[index] for index in sorted(met)]))
+    try:
+        with weightless(), weightless_language_models(), _like(kind), LiveBytes() as live:
+            return _TextAccount(config, longest, kind, live).estimate()
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"memory: this model could not be run without its weights ({said}); the run itself may be able to") from error
@@ -184,7 +206,7 @@ class _Account:
         trainable = policy.trainable()
         weights = _bytes(trainable)
         encoders = _bytes(p for encoder in policy.text_encoders for p in [*encoder.parameters(), *encoder.buffers()])
-        moments = self._moments(trainable)
+        moments = _moments(config, trainable)
         averages = weights * ((config.ema is not None) + (config.old_policy is not None))
         texts, each = self.plan.texts, sum(column.nbytes for column in policy.prompts.take(torch.tensor([0])).values())
         prompts = texts * each if config.model.prompt_storage == "device" else 0
@@ -212,7 +234,7 @@ class _Account:
             note("decoding", rollout_rows, base + stay + latents + copy, self._decoding(rollout_rows))
         held = _bytes(trainable) if batches > 1 else 0  # gradients of the micro-batches before
         note("training", train_rows, base + stay + latents + held, self._training(train_rows, held > 0))
-        note("update", 0, base + stay + latents + weights, self._update(trainable))
+        note("update", 0, base + stay + latents + weights, _of_update(config, trainable, self.kind))
         copy = weights if config.ema is not None else 0
         note("evaluation", evaluation_rows, base + stay + copy, self._forward(evaluation_rows, e.guidance_scale))
         note("evaluation, decoding", evaluation_rows, base + stay + copy, self._decoding(evaluation_rows))
@@ -231,14 +253,6 @@ class _Account:
             phases=phases,
             rows=rows,
         )
-
-    # --- what is kept ---
-
-    def _moments(self, trainable: Sequence[nn.Parameter]) -> int:
-        """Two per weight; of adamw_8bit a byte each and a float32 for every 256, but float32 for tensors under 4096 elements."""
-        if self.config.optimizer.name == "adamw":
-            return 2 * _bytes(trainable)
-        return sum(2 * (p.numel() + 4 * math.ceil(p.numel() / 256) if p.numel() >= 4096 else 4 * p.numel()) for p in trainable)
 
     # --- what comes and goes: bytes above what was there before ---
 
@@ -278,10 +292,7 @@ class _Account:
                 loss = policy.decode_with_grad(x).square().mean()
             else:
                 loss = velocity(x, sigma, prompt_row).square().mean()
-            # loss.backward() would take `_CudaAutocast` away while checkpoints are recomputed
-            torch.autograd.Variable._execution_engine.run_backward(
-                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
+            _run_backward(loss)
 
         try:
             return self.live.peak_of(work)
@@ -289,11 +300,129 @@ class _Account:
             for p in policy.trainable():
                 p.grad = None
 
-    def _update(self, trainable: Sequence[nn.Parameter]) -> int:
-        """What AdamW computes with: on CUDA for all weights at once, the square roots of the second moments."""
-        if self.config.optimizer.name != "adamw":
-            return 0
-        return _bytes(trainable) if self.kind == "cuda" else max(4 * p.numel() for p in trainable)
+
+class _TextAccount:
+    """The parts of a run of a language model. Every answer has all of ``generation.max_new_tokens``, and the longest prompt.
+
+    Args:
+        longest: tokens of that prompt.
+    """
+
+    def __init__(self, config: Config, longest: int, kind: Kind, live: LiveBytes) -> None:
+        from flowrl.engines.text import TextEngine
+        from flowrl.policies.causal_lm import CausalLmPolicy
+        from flowrl.text.objectives import make_objective
+        from flowrl.text.pairs import PairObjective
+
+        self.config, self.kind, self.live, self.longest = config, kind, live, longest
+        plain = config.model.model_copy(update={"compile": "off", "attention_backend": None})
+        self.policy = CausalLmPolicy(plain, torch.device("cpu"), rows_per_forward=config.training.rows_per_forward)
+        self.copied = config.model.adapter == "full" and TextEngine.needs_reference(config)
+        objective, size = make_objective(config), config.rollout.group_size
+        self.together = size if objective.whole_groups else 2 if isinstance(objective, PairObjective) else 1
+
+    def estimate(self) -> MemoryEstimate:
+        config, policy, e = self.config, self.policy, self.config.evaluation
+        trainable = policy.trainable()
+        weights, network = _bytes(trainable), _bytes([*policy.network.parameters(), *policy.network.buffers()])
+        averages = weights * ((config.ema is not None) + (config.old_policy is not None))
+        reference, moments = network if self.copied else 0, _moments(config, trainable)
+        base = network + reference + moments + averages
+        answers = config.rollout.groups_per_iteration * config.rollout.group_size
+        most, at_once = config.training.rows_per_forward, config.training.rows_per_backward
+        of_update = math.ceil(answers / config.objective.updates_per_iteration)
+        trained = max(self.together, min(at_once, of_update) // self.together * self.together)
+        copy = weights if config.old_policy is not None and config.old_policy.rollout else 0
+        held = weights if trained < of_update else 0
+        phases: dict[str, int] = {}
+        rows: dict[str, int] = {}
+
+        def note(name: str, count: int, there: int, temporary: int) -> None:
+            rows[name], phases[name] = count, there + temporary
+
+        note("rollout", min(most, answers), base + copy, self._sampling(min(most, answers)))
+        note("measuring", min(most, answers), base, self._pass(min(most, answers), gradient=False, accumulating=False))
+        note("training", trained, base + held, self._pass(trained, gradient=True, accumulating=held > 0))
+        note("update", 0, base + weights, _of_update(config, trainable, self.kind))
+        evaluated = min(most, max(e.num_images, e.final_num_images))
+        note("evaluation", evaluated, base + (weights if config.ema is not None else 0), self._sampling(evaluated))
+        return MemoryEstimate(
+            device=self.kind,
+            network=network,
+            trainable=weights,
+            reference=reference,
+            vae=0,
+            text_encoders=0,
+            averages=averages,
+            gradients=weights,
+            moments=moments,
+            prompts=0,
+            latents=0,
+            phases=phases,
+            rows=rows,
+        )
+
+    @cache  # noqa: B019
+    def _sampling(self, rows: int) -> int:
+        """The last token of so many answers: the cache of all tokens before it, and what chooses among the vocabulary."""
+        from flowrl.policies.decoding import filtered, inverse_cdf
+
+        policy, g = self.policy, self.config.generation
+        length = self.longest + g.max_new_tokens - 1
+
+        def work() -> object:
+            with torch.no_grad():
+                known, place = policy.new_cache(), torch.arange(length)[None]
+                policy.next_logits(torch.zeros_like(place), torch.ones_like(place).bool(), place, known, length)
+                known.batch_select_indices(torch.zeros(rows, dtype=torch.int64))
+                last = torch.zeros(rows, 1, dtype=torch.int64)
+                logits = policy.next_logits(last, torch.ones(rows, length + 1, dtype=torch.bool), last + length, known, rows)
+                return known, inverse_cdf(filtered(torch.log_softmax(logits / g.temperature, -1), g), torch.rand(rows))
+
+        return self.live.peak_of(work)
+
+    def _pass(self, rows: int, *, gradient: bool, accumulating: bool) -> int:
+        """Log-probabilities of so many answers, and with gradient the backward pass of their sum."""
+        policy, own = self.policy, self.config.generation.max_new_tokens
+        length = self.longest + own - 1
+        for p in policy.trainable():
+            p.grad = torch.zeros_like(p) if accumulating else None
+
+        def work() -> object:
+            ids = torch.zeros(rows, length, dtype=torch.int64)
+            places = (torch.arange(rows)[:, None] * length + torch.arange(self.longest - 1, length)).flatten()
+            with torch.set_grad_enabled(gradient):
+                where = torch.arange(length).expand(rows, length)
+                found = policy._forward(ids, torch.ones_like(ids).bool(), where, ids.numel(), places=places, targets=torch.zeros_like(places))
+            loss = found["log_prob"].sum()
+            if gradient:
+                _run_backward(loss)
+            return found
+
+        try:
+            return self.live.peak_of(work)
+        finally:
+            for p in policy.trainable():
+                p.grad = None
+
+
+def _run_backward(loss: Tensor) -> None:
+    """``loss.backward()`` would take `_CudaAutocast` away while checkpoints are recomputed."""
+    torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _moments(config: Config, trainable: Sequence[nn.Parameter]) -> int:
+    """Two per weight; of adamw_8bit a byte each and a float32 for every 256, but float32 for tensors under 4096 elements."""
+    if config.optimizer.name == "adamw":
+        return 2 * _bytes(trainable)
+    return sum(2 * (p.numel() + 4 * math.ceil(p.numel() / 256) if p.numel() >= 4096 else 4 * p.numel()) for p in trainable)
+
+
+def _of_update(config: Config, trainable: Sequence[nn.Parameter], kind: Kind) -> int:
+    """What AdamW computes with: on CUDA for all weights at once, the square roots of the second moments."""
+    if config.optimizer.name != "adamw":
+        return 0
+    return _bytes(trainable) if kind == "cuda" else max(4 * p.numel() for p in trainable)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -81,6 +81,15 @@ CASES = {
         *["method=awm", "rollout={plan: ode, num_steps: 4, group_size: 4, group_shards: 2}", "matching.num_times=2", "objective.updates_per_iteration=3"],
         "rewards={toys:brightness: 1.0, toys:redness: 0.5}",
     ],
+    # groups of 2 to 16 samples; and groups of equal rewards that are left out, so that a process often has nothing to train
+    "knapsack": [
+        *["rollout={plan: chain, groups_per_iteration: 3, group_size: 8}", "rewards={'toys:Steps': {args: {word: blue}}}"],
+        *["allocation={name: knapsack, args: {least: 2, most: 16, warmup: 1}}", "objective.updates_per_iteration=2", "training.rows_per_backward=5"],
+    ],
+    "drop": [
+        *["rollout={plan: chain, kernel: flow_sde}", "rewards={'toys:Steps': {args: {word: red}}}", "allocation={name: drop}"],
+        *["shaping=[rank_unlikely]", "advantage={centre: group, scale: batch_std}", "kl.weight=0.05", "objective.updates_per_iteration=2"],
+    ],
     "two rewards": ["rewards={toys:brightness: 1.0, toys:redness: 0.5}", "rollout.plan=chain", "rollout.groups_per_iteration=5", "ema=null"],
 }
 SCRIPT = """
@@ -156,7 +165,7 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, pipeline: Pa
     for m, other in zip(metrics, others, strict=True):
         assert list(m) == list(other)
         for key, value in m.items():
-            if key.startswith("nfe/") and name in ("contrast", "one row", "dpo"):
+            if key.startswith("nfe/") and name in ("contrast", "one row", "dpo", "drop"):
                 continue  # a process that has nothing to train evaluates one row with the others
             assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
         assert other["nfe/used"] == other["nfe/minimum"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from drills import Drill
 from toys import PROMPTS
 
 from flowrl.config import Config
-from flowrl.core.outcomes import SuccessRates
 from flowrl.engines.diffusion import Sampled
 from flowrl.picture_shaping import sampled_likelihood
 from flowrl.reward_metrics import join_scores
@@ -32,13 +30,10 @@ UNLIKELY = "shaping=[{name: rank_unlikely, args: {strength: 0.5}}]"
 
 
 def know(trainer: Trainer, rates: dict[str, float]) -> None:
-    """Success rates of the prompts that the texts name."""
-    table = [rates.get(prompt.text, math.nan) for prompt in trainer.prompts]
-    state = {"num_prompts": len(table), "rates": table}
-    own = trainer.engine.allocation.allocator.state_dict()
-    assert set(own) == set(SuccessRates.empty(2).state_dict())
-    trainer.engine.allocation.allocator.table = dataclasses.replace(SuccessRates.empty(len(table)), rates=torch.tensor(table, dtype=torch.float64))
-    assert state["num_prompts"] == own["num_prompts"]
+    """Success rates of the prompts with these texts."""
+    texts = [prompt.text for prompt in trainer.prompts]
+    state = {"num_prompts": len(texts), "prompt": [texts.index(text) for text in rates], "rate": list(rates.values())}
+    trainer.engine.allocation.allocator.load_state_dict(state)
 
 
 def roll_out(trainer: Trainer, iteration: int = 1) -> tuple[Sampled, dict[str, Scores], Any]:
@@ -174,7 +169,13 @@ def test_an_iteration_of_equal_rewards_trains_nothing(configure: Configure) -> N
     assert all(a.equal(b) for a, b in zip(before, trainer.parameters, strict=True))
 
 
-@pytest.mark.parametrize("plan", ["{plan: tree, num_steps: 5, group_size: 4, same_noise: true}", "{plan: granular, num_steps: 5, group_size: 4}"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "{plan: tree, num_steps: 5, group_size: 4, same_noise: true}",
+        "{plan: granular, num_steps: 6, group_size: 4, same_noise: true, granularities: [1, 2], window: {high: 3}}",
+    ],
+)
 def test_groups_of_forests_are_dropped_whole(configure: Configure, plan: str) -> None:
     trainer = Trainer(configure(f"rollout={plan}", "rewards={'toys:steps': {args: {word: red}}}", "allocation={name: drop}"))
     trained = []
@@ -189,7 +190,7 @@ def test_groups_of_forests_are_dropped_whole(configure: Configure, plan: str) ->
 
 
 def test_an_unlikely_picture_keeps_more_of_its_reward(configure: Configure) -> None:
-    """Rewards 8 of a group of 4, strength 1/2: by rising likelihood 8, 7, 6, 5, the mean of its decisions' log-densities; a sample without a reward has no rank."""
+    """Rewards 8, strength 1/2: by rising likelihood, the mean of the decisions' log-densities, 8, 7, 6, 5. A sample without a reward has no rank."""
     trainer = Trainer(configure(CHAIN, UNLIKELY, "advantage={centre: none, scale: none, clip: 100}"))
     rewards = [8.0] * 8 + [8.0, math.nan, 4.0, 0.0]
     drill, _ = with_rewards(trainer, rewards)
@@ -225,6 +226,8 @@ def test_metrics_and_allocators_see_rewards_before_shaping(configure: Configure)
 
 def test_negative_rewards_are_warned_about(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
+        Trainer(configure(CHAIN, UNLIKELY, "rewards={'toys:Steps': {args: {word: red}}}"))  # 0 to 1
+        assert "which raises those below 0" not in caplog.text
         Trainer(configure(CHAIN, UNLIKELY, BOUNDED))
     assert "which raises those below 0" in caplog.text
 
@@ -266,7 +269,7 @@ def test_memory_is_that_of_the_largest_groups(configure: Configure) -> None:
     [
         (
             ["allocation.name=dynamic"],
-            "dynamic samples in rounds or keeps samples, which only language models do; with likelihood: transition use one of uniform",
+            "dynamic samples in rounds or keeps samples, which only language models do; with .* use one of uniform, drop, knap",
         ),
         (["allocation.name=past"], "past samples in rounds or keeps samples"),
         (["allocation.name=xrpo"], "xrpo samples in rounds or keeps samples"),

@@ -142,6 +142,20 @@ def steps(batch: SampleBatch, word: str) -> torch.Tensor:
     return torch.where(torch.tensor([word in prompt.text for prompt in batch.prompts]), 0.0, brightness(batch))
 
 
+class Steps:
+    """`steps`, which says that it lies between 0 and 1."""
+
+    def __init__(self, word: str) -> None:
+        self.info = RewardInfo("toys:Steps", "brightness, but 0 for some prompts", 0.0, 1.0)
+        self.word = word
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
+
+    def score(self, batch: SampleBatch) -> Scores:
+        return Scores(steps(batch, self.word), torch.ones(len(batch), dtype=torch.bool))
+
+
 def constant(batch: SampleBatch) -> torch.Tensor:
     """0.25 for everything."""
     return torch.full((len(batch),), 0.25)

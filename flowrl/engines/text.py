@@ -358,6 +358,7 @@ class TextEngine:
         return update, {}
 
     def finish(self, assigned: AssignedAnswers) -> None:
+        self.objective.finish(assigned.answers)
         for term in self.terms:
             term.finish(assigned.answers)
 

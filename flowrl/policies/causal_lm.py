@@ -177,6 +177,12 @@ class CausalLmPolicy(TrainedPolicy):
         """Width of the hidden states that the output head reads."""
         return int(self.network.model.config.get_text_config().hidden_size)
 
+    @property
+    def ending(self) -> int:
+        """The token that ends an answer: the tokenizer's, where the model has several. There must be one."""
+        own = self.tokenizer.eos_token_id
+        return int(own) if own in self.ends else min(self.ends)
+
     # --- prompts ---
 
     def check_generation(self, settings: GenerationConfig) -> None:

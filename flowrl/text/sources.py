@@ -105,5 +105,5 @@ def written(policy: CausalLmPolicy, text: str, limit: int, *, ended: bool) -> li
     """The tokens of a text that stands where an answer does, at most ``limit``; ``ended``: with the token that ends an answer, if the model has one."""
     numbers = list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     if ended and policy.ends:
-        numbers.append(min(policy.ends))
+        numbers.append(policy.ending)
     return numbers[:limit]

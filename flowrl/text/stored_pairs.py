@@ -37,7 +37,7 @@ class StoredPairs:
         self.has_scores = pairs.chosen_reward is not None
         self.prompts = policy.encode(pairs.prompts)
         self.texts = list(zip(pairs.chosen, pairs.rejected, strict=True))
-        end = [] if not policy.ends else [_ending(policy)]
+        end = [] if not policy.ends else [policy.ending]
         tokens = [policy.tokenizer([text[side] for text in self.texts], add_special_tokens=False)["input_ids"] for side in (0, 1)]
         self.tokens = [tuple([*numbers, *end] for numbers in pair) for pair in zip(*tokens, strict=True)]
         if pairs.chosen_reward is not None and pairs.rejected_reward is not None:
@@ -84,9 +84,3 @@ class StoredPairs:
     def preferences(self, indices: Tensor) -> Tensor | None:
         """[P] float32, or None where the data has none."""
         return None if self.preference is None else self.preference[indices]
-
-
-def _ending(policy: CausalLmPolicy) -> int:
-    """The token that ends an answer: the tokenizer's, where the model has several."""
-    own = policy.tokenizer.eos_token_id
-    return int(own) if own in policy.ends else min(policy.ends)

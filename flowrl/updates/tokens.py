@@ -62,15 +62,15 @@ class TokenUpdate:
         self.decision_unit = torch.arange(len(self.unit_group))
         answers.extra["first_unit"] = self.members[0]
         self.columns = sorted(objective.columns.union(*(term.columns for term in terms)))
-        self.old = torch.zeros(mask.shape)
+        self.old = torch.zeros(mask.shape, device=policy.device)
         self.known = torch.zeros(len(answers), dtype=torch.bool)
         if "log_prob" in answers.measured:
-            self.old, self.known = answers.measured["log_prob"], torch.ones_like(self.known)
+            self.old, self.known = answers.measured["log_prob"].to(policy.device), torch.ones_like(self.known)
         self.meters = Meters([], ratio=True, extra=[term.name for term in terms])
 
     def know(self, old: Tensor, known: Tensor) -> None:
         """Old log-probabilities [B, T] of answers [B] bool that another policy than the one at the start of this iteration has sampled."""
-        self.old = torch.where(known[:, None], old, self.old)
+        self.old = torch.where(known[:, None].to(self.old.device), old.to(self.old.device), self.old)
         self.known = self.known | known
 
     def rows_of(self, units: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class TokenUpdate:
                 self._remember(rows, self.policy.token_output(self.answers.completions, rows, temperature=self.config.generation.temperature).log_prob)
 
     def _remember(self, rows: Tensor, log_prob: Tensor) -> None:
-        self.old[rows] = log_prob.detach().float().cpu()
+        self.old[rows.to(self.old.device)] = log_prob.detach().float()
         self.known[rows] = True
 
     def weigh(self, units: Tensor, num_groups: int) -> tuple[Tensor, float]:
@@ -103,11 +103,12 @@ class TokenUpdate:
     def loss(self, units: Tensor, weights: Weights, *, first: bool, idle: bool) -> Tensor:
         rows, answers = self.rows_of(units), self.answers
         out = self.policy.token_output(answers.completions, rows, columns=self.columns, temperature=self.config.generation.temperature)
-        place, device = rows, out.log_prob.device
+        device = out.log_prob.device
         if not bool((known := self.known[rows]).all()):  # the first update: the policy is still the one that sampled
             self._remember(rows[~known], out.log_prob[~known])
         group, num_groups = renumbered(answers.group[rows])
-        decisions = Decisions(out.log_prob, self.old[place].to(device), self.advantages[place].to(device), self.mask[place].to(device))
+        mask = torch.zeros_like(self.mask[rows]) if idle else self.mask[rows]  # what only keeps others company is in no statistic
+        decisions = Decisions(out.log_prob, self.old[rows.to(device)], self.advantages[rows].to(device), mask.to(device))
         batch = Batch(answers, rows, out, decisions, group, num_groups, first)
         objective = self.objective(batch)
         loss, extra = objective.loss, {}
@@ -115,7 +116,7 @@ class TokenUpdate:
             added, measure = term(batch)
             loss, extra[term.name] = loss + added, measure
         factor = self._factors(rows)
-        weight = weights.decision[place] if factor is None else weights.decision[place] * factor
+        weight = weights.decision[rows] if factor is None else weights.decision[rows] * factor
         if not idle:
             where = torch.nonzero(self.mask[rows].flatten()).squeeze(1).to(device)
             picked = {name: values.flatten()[where] for name, values in objective.metrics.items()}
@@ -132,5 +133,7 @@ class TokenUpdate:
         if kind == "none":
             return factor
         sampled = self.answers.completions.log_prob[rows]
-        weight = importance_weights(self.old[rows], sampled, self.answers.mask[rows], kind, g.importance_level, high=g.importance_high)
+        weight = importance_weights(
+            self.old[rows.to(self.old.device)].cpu(), sampled, self.answers.mask[rows], kind, g.importance_level, high=g.importance_high
+        )
         return weight if factor is None else factor * weight
