@@ -12,6 +12,8 @@ __all__ = ["check_run", "ratio_is_off"]
 
 ZERO_STD_SHARE = 0.25
 """Share of groups without a signal above which the report warns."""
+UNFINISHED_SHARE = 0.5
+"""Share of cut answers above which it does."""
 
 
 def ratio_is_off(max_abs_log_ratio: float, clip_low: float, clip_high: float) -> bool:
@@ -42,14 +44,14 @@ def check_run(run: Run) -> Iterator[tuple[str, str]]:
         if (spreads and constant == len(spreads)) or (not spreads and len(means) > 1 and len(set(means)) == 1):
             yield "warn", f"Reward {name} was constant in all {len(means)} iterations (value {means[0]:.4g}): it teaches nothing."
         elif constant:
-            yield "warn", f"Reward {name} was the same for all images in {constant} of {len(spreads)} iterations."
+            yield "warn", f"Reward {name} was the same for all {run.samples_are} in {constant} of {len(spreads)} iterations."
         elif name == "total" and means:
             yield "ok", f"The reward varied in all {len(means)} iterations."
 
     groups = len(run.points("reward/zero_std_groups")[1]) * int(run.setting("rollout.groups_per_iteration", 0))
     if groups:
         silent = int(run.total("reward/zero_std_groups"))
-        share = f"{silent} of {groups} groups ({silent / groups:.1%}) had equal rewards for all their images and gave no signal"
+        share = f"{silent} of {groups} groups ({silent / groups:.1%}) had equal rewards for all their {run.samples_are} and gave no signal"
         yield ("warn", f"{share}: use a finer reward or larger groups.") if silent / groups > ZERO_STD_SHARE else ("ok", f"{share}.")
 
     ratios = run.points("ratio/max_abs_log_first")[1]
@@ -66,16 +68,25 @@ def check_run(run: Run) -> Iterator[tuple[str, str]]:
     wasteful = [(used, minimum) for used, minimum in pairs if used != minimum]
     if wasteful:
         used, minimum = (sum(column) for column in zip(*wasteful, strict=True))
-        excess = f"{thousands(used)} evaluations for a minimum of {thousands(minimum)}"
-        yield "warn", f"NFE differed from the minimum in {len(wasteful)} of {len(pairs)} iterations: {excess}."
+        what = ("tokens", "The tokens through the network") if run.is_text else ("evaluations", "NFE")
+        excess = f"{thousands(used)} {what[0]} for a minimum of {thousands(minimum)}"
+        yield "warn", f"{what[1]} differed from the minimum in {len(wasteful)} of {len(pairs)} iterations: {excess}."
     elif pairs:
-        yield "ok", "The network evaluations (NFE) of every iteration were the minimum for this method."
+        what = "tokens through the network" if run.is_text else "network evaluations (NFE)"
+        yield "ok", f"The {what} of every iteration were the minimum for this method."
 
     invalid = int(run.total("reward/invalid"))
     if invalid:
-        yield "warn", f"{invalid} images could not be scored and were left out of training."
+        yield "warn", f"{invalid} {run.samples_are} could not be scored and were left out of training."
     elif run.points("reward/invalid")[0]:
-        yield "ok", "Every image could be scored."
+        yield "ok", f"Every {run.samples_are.removesuffix('s')} could be scored."
+
+    cut = run.points("answer/unfinished")[1]
+    if cut and cut[-1] > UNFINISHED_SHARE:
+        most = run.setting("generation.max_new_tokens", "?")
+        yield "warn", f"{cut[-1]:.0%} of the answers of the last iteration were cut at {most} tokens: raise generation.max_new_tokens, or shape their length."
+    elif cut:
+        yield "ok", f"{1 - cut[-1]:.0%} of the answers of the last iteration came to an end."
 
     lost = unique(key for row in run.metrics for key, value in row.items() if value is None)
     if lost:

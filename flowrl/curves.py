@@ -131,7 +131,8 @@ def draw_eval_reward(curves: Mapping[str, Sequence[Record]]) -> Draw:
     return draw
 
 
-def _per_step(run: Run, suffix: str, offset: float) -> Draw:
+def _per_step(run: Run, suffix: str, offset: float, every: str = "all steps") -> Draw:
+    """every: what the line is of where there are no steps."""
     found = [match for row in run.metrics for key in row if (match := re.fullmatch(rf"ratio/(step|time)_(\d+)/{suffix}", key))]
     steps, kind = sorted({int(match[2]) for match in found}), found[0][1] if found else "step"
 
@@ -145,7 +146,7 @@ def _per_step(run: Run, suffix: str, offset: float) -> Draw:
             plot(axes, (xs, [y - offset for y in ys]), show_all=False, color=shade, linewidth=1.2, label=label)
         if not steps:
             xs, ys = run.points(f"ratio/{suffix}")
-            plot(axes, (xs, [y - offset for y in ys]), color=colors["c1"], label="all steps")
+            plot(axes, (xs, [y - offset for y in ys]), color=colors["c1"], label=every)
 
     return draw
 
@@ -195,9 +196,30 @@ def _ratio_charts(run: Run, chart: Callable[..., dict[str, Any]]) -> Iterator[di
         yield chart("Normalised log-ratio: mean per step", "GRPO-Guard's, which the objective clips", _per_step(run, "norm_mean", 0.0), "ratio/mean")
     for suffix, side in (("clip_low", "low"), ("clip_high", "high")):
         yield chart(f"Clipped {side} per step", "share of the decisions of a step", _per_step(run, suffix, 0.0), f"clip/{side}")
+    yield _clip_chart(run, chart, "decisions")
+
+
+def _clip_chart(run: Run, chart: Callable[..., dict[str, Any]], what: str) -> dict[str, Any]:
     clip_range = f"outside 1 − {run.setting('objective.clip_low', '?')} … 1 + {run.setting('objective.clip_high', '?')}"
     both: list[tuple[str, str, str, Any]] = [("clip/low", "too low", "c1", "-"), ("clip/high", "too high", "c2", "-")]
-    yield chart("Clip fraction", f"share of decisions with a ratio {clip_range}", _lines(run, run.metrics, both), "clip/low", "clip/high")
+    return chart("Clip fraction", f"share of {what} with a ratio {clip_range}", _lines(run, run.metrics, both), "clip/low", "clip/high")
+
+
+def _token_charts(run: Run, chart: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What runs of language models have."""
+    length: list[tuple[str, str, str, Any]] = [("answer/length", "", "c1", "-")]
+    yield chart("Length of answers", "sampled tokens, mean of an iteration", _lines(run, run.metrics, length), "answer/length")
+    if any(run.points("answer/unfinished")[1]):
+        cut: list[tuple[str, str, str, Any]] = [("answer/unfinished", "", "c2", "-")]
+        yield chart("Answers that were cut", "share of an iteration's at the length limit", _lines(run, run.metrics, cut), "answer/unfinished")
+    if run.points("entropy/mean")[0]:
+        entropy: list[tuple[str, str, str, Any]] = [("entropy/mean", "", "c1", "-")]
+        yield chart("Entropy", "of the next token, mean over the trained tokens", _lines(run, run.metrics, entropy), "entropy/mean")
+    if not run.points("ratio/mean")[0]:
+        return
+    yield chart("Ratio: mean − 1", "new over old likelihood of the trained tokens", _per_step(run, "mean", 1.0, "all tokens"), "ratio/mean")
+    yield chart("Ratio: spread", "standard deviation over the trained tokens", _per_step(run, "std", 0.0, "all tokens"), "ratio/std")
+    yield _clip_chart(run, chart, "tokens")
 
 
 def draw_charts(run: Run) -> Iterator[dict[str, Any]]:
@@ -214,15 +236,18 @@ def draw_charts(run: Run) -> Iterator[dict[str, Any]]:
         key = re.sub(r"\W+", "-", title.lower())
         return {"title": title, "caption": caption, "svg": _svg(key, draw) if known else None, "note": f"Not recorded: {', '.join(needs)}."}
 
-    yield chart("Training reward", "weighted sum, mean over the images of an iteration", _train_reward(run), "reward/total/mean")
+    yield chart("Training reward", f"weighted sum, mean over the {run.samples_are} of an iteration", _train_reward(run), "reward/total/mean")
     rewards = unique(record["reward"] for record in run.evals if is_evaluated(record))
     for number, reward in enumerate(rewards):
-        caption = f"fixed prompts and seeds, guidance {run.setting('evaluation.guidance_scale', 1.0):g}; bands are 95 % intervals"
+        guidance = "" if run.is_text else f", guidance {run.setting('evaluation.guidance_scale', 1.0):g}"
+        caption = f"fixed prompts and seeds{guidance}; bands are 95 % intervals"
         svg = _svg(f"eval-{number}", draw_eval_reward(eval_curves(run, reward)))
         yield {"title": f"Evaluation: {reward}", "caption": caption, "svg": svg, "note": ""}
     if not rewards:
         yield {"title": "Evaluation", "caption": "", "svg": None, "note": "No evaluation has been recorded."}
-    if _has_ratios(run):
+    if run.is_text:
+        yield from _token_charts(run, chart)
+    elif _has_ratios(run):
         yield from _ratio_charts(run, chart)
     for title, caption, series in _JUDGED:
         if any(run.points(key)[0] for key, *_ in series):
@@ -240,8 +265,8 @@ def draw_charts(run: Run) -> Iterator[dict[str, Any]]:
         )
     clipped = f"before clipping at {run.setting('optimizer.max_grad_norm', '?')}"
     yield chart("Gradient norm", clipped, _lines(run, run.metrics, [("grad_norm", "", "c1", "-")], log=wide), "grad_norm")
-    yield chart("Groups without a signal", "all images of the group got the same reward", _lines(run, run.metrics, silent), silent[0][0])
-    caption = "network evaluations per iteration, forward and backward rows"
-    yield chart("NFE", caption, _lines(run, run.metrics, nfe, smooth=False), "nfe/used", "nfe/minimum")
+    yield chart("Groups without a signal", f"all {run.samples_are} of the group got the same reward", _lines(run, run.metrics, silent), silent[0][0])
+    caption = "through the network per iteration, forward and backward" if run.is_text else "network evaluations per iteration, forward and backward rows"
+    yield chart("Tokens" if run.is_text else "NFE", caption, _lines(run, run.metrics, nfe, smooth=False), "nfe/used", "nfe/minimum")
     needs = [key for key, *_ in seconds]
     yield chart("Seconds", "wall-clock time of an iteration", _lines(run, run.timings, seconds), *needs, records=run.timings)

@@ -75,7 +75,8 @@ class PictureGroups:
         num_groups = len(numbers)
         keeps = self.allocator.keeps(total.values.double(), group, total.valid, num_groups)
         singletons = float((torch.bincount(group, minlength=num_groups) == 1).sum())
-        metrics = {"groups/trained": int(add(float(keeps.sum()))), "groups/singletons": int(add(singletons)), **self.allocator.metrics()}
+        counted = {"groups/trained": int(add(float(keeps.sum()))), "groups/singletons": int(add(singletons)), "groups/largest": max(self._order.counts)}
+        metrics = counted | self.allocator.metrics()
         prompt = torch.tensor([self._order.prompts[number] for number in numbers], dtype=torch.int64)[group]
         self.allocator.observe(Outcomes(torch.cat(gather(prompt)), everywhere.values.double(), everywhere.valid))
         return keeps, metrics

@@ -51,6 +51,7 @@ def write_report(run: Path) -> Path:
         before=min(loaded.samples, default=0),
         after=max(loaded.samples, default=0),
         charts=list(draw_charts(loaded)) if loaded.metrics or loaded.evals else [],
+        is_text=loaded.is_text,
         config_text=loaded.config_text,
         versions=loaded.versions,
         window=smoothing_window(len(loaded.metrics)),

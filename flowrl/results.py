@@ -48,14 +48,15 @@ def headline_tiles(run: Run, tables: Sequence[Mapping[str, Any]]) -> list[tuple[
             small = f"{score_text(change.value, signed=True)} ± {score_text(change.half)}"
             tiles.append((f"{table['reward']} reward, {split} prompts", f"{before} → {after}", small))
     elapsed = run.points("elapsed", run.timings)[1] or [math.fsum(run.points("seconds/total", run.timings)[1])]
-    is_text = run.setting("likelihood") == "token"
-    images = run.points("answers" if is_text else "images")[1]
+    images = run.points(run.samples_are)[1]
     total = run.setting("training.iterations", "?")
     forward, backward = thousands(run.total("nfe/forward")), thousands(run.total("nfe/backward"))
     tiles.append(("Iterations", thousands(run.iteration), f"of {total}" + ("" if run.iteration == total else ", not finished")))
     tiles.append(("Wall-clock", _duration(elapsed[-1]) if run.timings else "–", "" if run.timings else "not recorded"))
-    tiles.append(("Answers" if is_text else "Images", thousands(images[-1]) if images else "–", "sampled and scored"))
-    tiles.append(("Network tokens" if is_text else "NFE", thousands(run.total("nfe/used")) if run.metrics else "–", f"{forward} forward, {backward} backward"))
+    tiles.append((run.samples_are.capitalize(), thousands(images[-1]) if images else "–", "sampled and scored"))
+    tiles.append(
+        ("Network tokens" if run.is_text else "NFE", thousands(run.total("nfe/used")) if run.metrics else "–", f"{forward} forward, {backward} backward")
+    )
     return tiles
 
 
@@ -64,14 +65,15 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     get = run.setting
     rank = get("model.lora.rank") if get("model.adapter") == "lora" else None
     rewards = [reward for reward in get("rewards", []) if isinstance(reward, Mapping)]
-    versions = [f"{name} {run.versions[name]}" for name in ("flowrl", "torch", "diffusers", "python") if run.versions.get(name)]
+    versions = [
+        f"{name} {run.versions[name]}" for name in ("flowrl", "torch", "transformers" if run.is_text else "diffusers", "python") if run.versions.get(name)
+    ]
     machine = [run.versions.get("device"), f"{run.versions['threads']} threads" if run.versions.get("threads") else None]
     plan, pairs = get("rollout.plan"), get("data.pairs")
     rollout = (
         [f"stored pairs: {pairs}"] if pairs else [plan, f"{get('rollout.num_steps', '?')} steps", get("rollout.solver" if plan == "ode" else "rollout.kernel")]
     )
-    is_text = get("likelihood") == "token"
-    if is_text and not pairs:
+    if run.is_text and not pairs:
         rollout = [f"at most {get('generation.max_new_tokens', '?')} tokens", f"temperature {get('generation.temperature', '?')}"]
     has_clip = get("objective.name", "clipped_surrogate") == "clipped_surrogate"
     facts = [
@@ -80,19 +82,27 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Trained weights", [f"LoRA, rank {rank}" if rank else get("model.adapter")]),
         ("Reward", [" + ".join(f"{reward.get('weight', 1.0):g} × {reward.get('label') or reward.get('name')}" for reward in rewards)]),
         ("Rollout", rollout),
-        ("Noise level", [get("rollout.noise_level") if plan != "ode" and not is_text else None]),
+        ("Noise level", [get("rollout.noise_level") if plan != "ode" and not run.is_text else None]),
         ("Likelihood", [get("likelihood")]),
-        ("Batch", [f"{get('rollout.groups_per_iteration', '?')} prompts × {get('rollout.group_size', '?')} {'answers' if is_text else 'images'}"]),
+        ("Batch", [f"{get('rollout.groups_per_iteration', '?')} prompts × {get('rollout.group_size', '?')} {run.samples_are}"]),
         ("Updates per iteration", [get("objective.updates_per_iteration")]),
         ("Objective", [get("objective.name"), f"clip −{get('objective.clip_low', '?')} +{get('objective.clip_high', '?')}" if has_clip else None]),
         ("Advantage", [f"centre {get('advantage.centre', '?')}", f"scale {get('advantage.scale', '?')}"]),
+        ("Credit", [get("token_credit.name"), *_names(get("shaping")), *_names(get("tokens.weights"))] if run.is_text else []),
+        ("Allocation", [get("allocation.name"), *_names(get("allocation.samples"))] if run.is_text else []),
+        ("Ratio", [get("objective.ratio"), f"reduction {get('objective.reduction', '?')}"] if run.is_text else []),
         ("Learning rate", [get("optimizer.learning_rate")]),
-        ("Guidance", [] if is_text else [f"rollout {get('rollout.guidance_scale', '?')}", f"evaluation {get('evaluation.guidance_scale', '?')}"]),
+        ("Guidance", [] if run.is_text else [f"rollout {get('rollout.guidance_scale', '?')}", f"evaluation {get('evaluation.guidance_scale', '?')}"]),
         ("Seed", [get("seed")]),
         ("Versions", versions),
         ("Machine", machine),
     ]
     return [(label, text) for label, parts in facts if (text := ", ".join(str(part) for part in parts if part not in (None, "")))]
+
+
+def _names(parts: Any) -> list[str]:
+    """Of parts of a method, as a config lists them."""
+    return [str(part.get("name")) for part in parts or () if isinstance(part, Mapping)]
 
 
 def thousands(value: float) -> str:

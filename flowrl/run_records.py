@@ -45,6 +45,16 @@ class Run:
         return default if node is None else node
 
     @property
+    def is_text(self) -> bool:
+        """Whether it trained a language model."""
+        return bool(self.setting("likelihood") == "token")
+
+    @property
+    def samples_are(self) -> str:
+        """What its samples are called."""
+        return "answers" if self.is_text else "images"
+
+    @property
     def iteration(self) -> int:
         """The last recorded iteration, 0 = none."""
         return int(self.metrics[-1]["iteration"]) if self.metrics else 0

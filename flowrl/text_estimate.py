@@ -75,6 +75,8 @@ def uncounted(config: Config) -> str:
         return f"allocation.samples: {', '.join(part.name for part in config.allocation.samples)} put in answers of other lengths"
     if isinstance(make_objective(config), PairObjective):
         return f"objective.name: {config.objective.name} trains the pairs that rewards make"
+    if any(part.name == "reference_value" for part in config.shaping):
+        return "shaping: reference_value asks the reference for answers too"
     if config.anchor.weight > 0 or config.reward_weights.kind == "gradient":
         return "anchor and reward_weights: gradient take passes of their own"
     return ""

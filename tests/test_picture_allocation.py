@@ -121,7 +121,9 @@ def test_no_row_is_evaluated_twice(configure: Configure, settings: list[str]) ->
         assert metrics["nfe/used"] == metrics["nfe/minimum"] > 0
         assert metrics["groups/trained"] == 3
         assert all(math.isfinite(value) for value in metrics.values() if isinstance(value, float))
-        sizes |= set(trainer.engine.allocation.sizes(range(3)))
+        found = trainer.engine.allocation.sizes(range(3))
+        assert (sum(found), max(found)) == (12, metrics["groups/largest"])
+        sizes |= set(found)
     assert metrics["images"] == 24
     assert (len(sizes) > 1) == ("knapsack" in str(settings))
 
@@ -136,7 +138,7 @@ def test_a_dropped_group_has_no_decisions_and_changes_no_advantage(configure: Co
         settings = [CHAIN, f"advantage={{centre: group, scale: {scale}}}"]
         whole, plain = with_rewards(Trainer(configure(*settings)), rewards)
         drill, metrics = with_rewards(Trainer(configure(*settings, "allocation={name: drop}")), rewards)
-        assert set(metrics) - set(plain) == {"groups/trained", "groups/singletons"}
+        assert set(metrics) - set(plain) == {"groups/trained", "groups/singletons", "groups/largest"}
         assert (metrics["groups/trained"], metrics["groups/singletons"]) == (1, 0)
         assert drill.rollout.leaves.shape == whole.rollout.leaves.shape
         kept = drill.assignment.rollout

@@ -60,10 +60,14 @@ class Setting:
     old_policy: OldPolicy | None
     add: Callable[[float], float]
 
+    @property
+    def samples_with_old_policy(self) -> bool:
+        """Whether a slow copy samples, and not the policy itself."""
+        return self.config.old_policy is not None and self.config.old_policy.rollout
+
     def sampling(self) -> AbstractContextManager[None]:
         """Within it, the weights are those that sample."""
-        old = self.config.old_policy
-        return self.old_policy.applied() if self.old_policy is not None and old is not None and old.rollout else nullcontext()
+        return self.old_policy.applied() if self.old_policy is not None and self.samples_with_old_policy else nullcontext()
 
 
 class Awaited(Protocol):

@@ -247,6 +247,7 @@ class TextEngine:
             policy=self.policy,
             add=self.setting.add,
             gather=self.gather,
+            sampling=self.setting.sampling,
         )
         if drawn is not None:
             drawn.into(answers)
@@ -274,6 +275,8 @@ class TextEngine:
         if self.config.kl.weight > 0 and self.config.kl.place == "reward":
             needs |= {"log_prob", "reference"}
         if self.config.generation.engine != "transformers" or self.config.generation.importance not in (None, "none"):
+            needs |= {"log_prob"}
+        if self.setting.samples_with_old_policy and not isinstance(self.objective, PairObjective):
             needs |= {"log_prob"}
         self.rounds.observe(answers)
         measure(answers, sorted(needs))
@@ -340,8 +343,8 @@ class TextEngine:
         answers = assigned.answers
         self.objective.begin(answers, assigned.advantages)
         if isinstance(self.objective, PairObjective):
-            old = self.config.old_policy
-            of_pairs = AnswerPairUpdate(self.config, self.policy, answers, self.objective, self.setting.sampling, is_old=old is not None and old.rollout)
+            is_old = self.setting.samples_with_old_policy
+            of_pairs = AnswerPairUpdate(self.config, self.policy, answers, self.objective, self.setting.sampling, is_old=is_old)
             return of_pairs, {name: int(self.setting.add(value)) for name, value in of_pairs.counts.items()}
         update = TokenUpdate(
             self.config,

@@ -6,6 +6,7 @@ Letters: B answers, T tokens of the longest, P groups of this process.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Answers:
         compared: [B] int64 in 0..P-1, the group of each answer; None = that of the completions, which say in whose context an answer is trained.
         origin: [B] int64, where each answer comes from, see flowrl/text/samples.py; None = the policy has given all of them now.
         gather: values of all processes as a list; every process must call it.
+        sampling: within it the policy is the one that sampled, where a slow copy does (`old_policy.rollout`).
         measured: what policies say of every token, [B, T] float32 on the CPU, by name: "log_prob", "entropy", ..., and "reference" for the reference's
             log-probabilities; see `measure`.
         extra: what parts leave for each other, such as success rates or turn rewards.
@@ -60,6 +62,7 @@ class Answers:
     compared: Tensor | None = None
     origin: Tensor | None = None
     gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
+    sampling: Callable[[], AbstractContextManager[None]] = nullcontext
     measured: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -114,7 +117,8 @@ def measure(answers: Answers, names: Sequence[str]) -> None:
     missing = [name for name in dict.fromkeys(names) if name not in answers.measured]
     own = [name for name in missing if name != "reference"]
     if own:
-        _pass(answers, {name: name for name in own} | {"log_prob": "log_prob"})
+        with answers.sampling():
+            _pass(answers, {name: name for name in own} | {"log_prob": "log_prob"})
     if "reference" in missing:
         with answers.policy.reference():
             _pass(answers, {"log_prob": "reference"})

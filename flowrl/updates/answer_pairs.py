@@ -63,7 +63,7 @@ class AnswerPairUpdate:
         self.rows_per_unit = 2 if self.revisions is None else 6
         self.previous = torch.zeros(answers.mask.shape)
         self.known = torch.full((len(answers),), "previous" not in objective.anchors)
-        if "log_prob" in answers.measured and not is_old:
+        if "log_prob" in answers.measured:
             self.previous, self.known = answers.measured["log_prob"], torch.ones_like(self.known)
         self._ask_reference()
         self._leave_counts()

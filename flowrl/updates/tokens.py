@@ -62,6 +62,8 @@ class TokenUpdate:
         self.decision_unit = torch.arange(len(self.unit_group))
         answers.extra["first_unit"] = self.members[0]
         self.columns = sorted(objective.columns.union(*(term.columns for term in terms)))
+        old = config.old_policy
+        self.is_off_policy = old is not None and old.rollout
         self.old = torch.zeros(mask.shape, device=policy.device)
         self.known = torch.zeros(len(answers), dtype=torch.bool)
         if "log_prob" in answers.measured:
@@ -121,7 +123,9 @@ class TokenUpdate:
             where = torch.nonzero(self.mask[rows].flatten()).squeeze(1).to(device)
             picked = {name: values.flatten()[where] for name, values in objective.metrics.items()}
             kept = {name: values.flatten()[where] for name, values in extra.items()}
-            self.meters.add(picked, loss.detach().flatten()[where], torch.zeros(len(where), dtype=torch.int64), first=first, extra=kept)
+            self.meters.add(
+                picked, loss.detach().flatten()[where], torch.zeros(len(where), dtype=torch.int64), first=first and not self.is_off_policy, extra=kept
+            )
         weight = weight.to(device)
         return torch.where(weight != 0, loss * weight, 0.0).sum() * weights.scale
 
