@@ -31,6 +31,7 @@ def gradient(trainer: Trainer, rewards: list[float] | None = None) -> list[Tenso
     found: list[Tensor] = []
     trainer._apply_gradients = lambda _: found.extend(p.grad.clone() for p in trainer.parameters)  # type: ignore[method-assign]
     trainer.update(_rolled_out(trainer), assigned, prompts, [0, 1, 2], 1)
+    trainer.optimizer.zero_grad()
     return found
 
 
