@@ -91,7 +91,7 @@ def test_an_answer_without_a_reward_is_in_no_gradient_and_no_denominator(configu
     without = gradient(trainer, rewards)
     zero = gradient(trainer, [0.0 if i == 3 else reward for i, reward in enumerate(REWARDS)])
     for a, b in zip(without, zero, strict=True):
-        torch.testing.assert_close(a * 11, b * 12, rtol=1e-4, atol=1e-6)  # of 11 answers, and of 12
+        torch.testing.assert_close(a * 11, b * 12, rtol=1e-3, atol=1e-5)  # of 11 answers, and of 12
 
 
 def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(configure: Configure) -> None:
