@@ -68,9 +68,9 @@ def check_run(run: Run) -> Iterator[tuple[str, str]]:
     wasteful = [(used, minimum) for used, minimum in pairs if used != minimum]
     if wasteful:
         used, minimum = (sum(column) for column in zip(*wasteful, strict=True))
-        what = ("tokens", "The tokens through the network") if run.is_text else ("evaluations", "NFE")
-        excess = f"{thousands(used)} {what[0]} for a minimum of {thousands(minimum)}"
-        yield "warn", f"{what[1]} differed from the minimum in {len(wasteful)} of {len(pairs)} iterations: {excess}."
+        name, unit = ("The tokens through the network", "tokens") if run.is_text else ("NFE", "evaluations")
+        excess = f"{thousands(used)} {unit} for a minimum of {thousands(minimum)}"
+        yield "warn", f"{name} differed from the minimum in {len(wasteful)} of {len(pairs)} iterations: {excess}."
     elif pairs:
         what = "tokens through the network" if run.is_text else "network evaluations (NFE)"
         yield "ok", f"The {what} of every iteration were the minimum for this method."

@@ -376,7 +376,7 @@ def _print_evaluations(rows: Iterable[Mapping[str, Any]], *, guided: bool) -> No
             change = f"{difference:+.3f}{'*' if apart else ' '}"
         count = (tuned or base or {}).get("n", "")
         lines.append((split, reward, *([f"{guidance_scale:g}"] if guided else []), interval(base), interval(tuned), change, str(count)))
-    print_table(("prompts", "reward", *(["CFG"] if guided else []), "base", "tuned", "change", "samples"), lines, numbers_from=2)
+    print_table(("prompts", "reward", *(["CFG"] if guided else []), "base", "tuned", "change", "images" if guided else "answers"), lines, numbers_from=2)
     typer.echo("mean ± half of the 95 % confidence interval; * = the intervals of base and tuned do not overlap")
 
 

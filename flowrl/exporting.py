@@ -400,12 +400,12 @@ def _base_name(model: ModelConfig) -> str:
 def _front_matter(asked: _Export, licence: Mapping[str, str]) -> dict[str, Any]:
     """What hubs read. A base model that is on no hub has no place there."""
     path = asked.config.model.path
-    library, task = ("transformers", "text-generation") if asked.is_text else ("diffusers", "text-to-image")
+    library, task = ("transformers", "text-generation") if _is_text(asked.config) else ("diffusers", "text-to-image")
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "license": "unknown", **licence}
     if _hub_id(path):
         front |= {"base_model": path, "base_model_relation": "adapter" if asked.form == "lora" else "finetune"}
     tags = [task, library, "reinforcement-learning", "flowrl", *asked.config.method.split("+")]
-    lora = (["peft", "lora"] if asked.is_text else ["lora"]) if asked.form == "lora" else []
+    lora = (["peft", "lora"] if _is_text(asked.config) else ["lora"]) if asked.form == "lora" else []
     return front | {"tags": [*tags, *lora]}
 
 

@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from flowrl.config import Config
-from flowrl.data import GroupSampler
 from flowrl.engines.diffusion import diffusion_engine
 from flowrl.estimate import Estimate, group_rows, units_of_group
+from flowrl.picture_groups import PictureGroups
 from flowrl.text_estimate import TextEstimate
 from flowrl.trainer import Trainer
 from flowrl.types import SampleBatch, Scores
@@ -203,7 +203,8 @@ class _Stopwatch:
 def _iterate(trainer: Trainer, watch: _Stopwatch, groups: int, iteration: int) -> tuple[float, float, float]:
     """Seconds (rollout, reward, train) of an iteration with that many groups, whose prompts have been encoded before."""
     engine = diffusion_engine(trainer.engine, "flowrl estimate --measure")
-    engine.sampler = GroupSampler(len(trainer.prompts), groups, trainer.config.seed)
+    rollout = trainer.config.rollout.model_copy(update={"groups_per_iteration": groups})
+    engine.allocation = PictureGroups(trainer.config.model_copy(update={"rollout": rollout}), len(trainer.prompts), engine.assigner.estimator.bounds)
     trainer.policy.prompt_rows([trainer.prompts[index].text for index in engine.groups(iteration)])
     _, timings = trainer.iterate(iteration)
     both = timings["seconds/rollout"] + timings["seconds/reward_wait"]

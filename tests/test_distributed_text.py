@@ -1,9 +1,8 @@
-"""Language models on two processes (gloo on the CPU) train as on one, replicated or sharded; checkpoints fit any number; a killed run ends with the same bytes."""
+"""Language models on two processes (gloo on the CPU) train as on one, whole or sharded; checkpoints fit any number; a killed run ends with the same bytes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -91,7 +90,7 @@ def prepare(folder: Path, shared: Path) -> None:
     if not (shared / "model").exists():
         text_config(shared)
     for name in ("model", "prompts.txt", "letters.py"):
-        os.symlink(shared / name, folder / name)
+        (folder / name).symlink_to(shared / name)
 
 
 @pytest.fixture

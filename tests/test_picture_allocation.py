@@ -210,6 +210,24 @@ def test_an_unlikely_picture_keeps_more_of_its_reward(configure: Configure) -> N
     assert sorted(expected[:4].tolist()) == [5, 6, 7, 8]
 
 
+def test_statistics_are_those_of_shaped_rewards(configure: Configure) -> None:
+    """Rewards 8 throughout become 8, 7, 6, 5 in each group: mean 6.5, and a variance over all of 5 / 4."""
+    trainer = Trainer(configure(CHAIN, UNLIKELY, "advantage={centre: batch, scale: batch_std, ddof: 0, eps: 1.0e-12}"))
+    drill, metrics = with_rewards(trainer, [8.0] * 12)
+    edge, leaf = drill.assignment.rollout.leaf_edge.unbind(1)
+    found = torch.zeros(12).index_put((leaf,), drill.assignment.advantages[edge])
+    torch.testing.assert_close(found.view(3, 4).sort().values, (torch.tensor([-1.5, -0.5, 0.5, 1.5]) / 1.25**0.5).expand(3, 4))
+    assert metrics["reward/total/mean"] == 8
+
+
+def test_the_likelihood_of_a_picture_is_the_size_of_its_noise(configure: Configure) -> None:
+    """-eps^2 / 2 on average over 3 steps of 64 elements, plus what all samples share: its variance is 1 / (2 x 192)."""
+    sampled, _, _ = roll_out(Trainer(configure(CHAIN, "rollout.group_size=128")))
+    likelihood = sampled_likelihood(sampled.rollout)
+    assert likelihood.std().item() == pytest.approx((1 / 384) ** 0.5, rel=0.12)
+    assert likelihood.view(3, -1).mean(1).std() < 0.02
+
+
 def test_without_strength_nothing_changes(configure: Configure) -> None:
     rewards = [1.0, 2.0, 3.0, 6.0] * 3
     plain, before = with_rewards(Trainer(configure(CHAIN, ZSCORE)), rewards)

@@ -62,7 +62,7 @@ def test_the_tokens_of_grpo_by_hand(tmp_path: Path) -> None:
 
 
 def test_answers_that_end_earlier_take_fewer(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "generation={max_new_tokens: 30}")
+    config = config_of(tmp_path, "generation={max_new_tokens: 30, stop: [e, t, a]}")
     expected, metrics = estimate_text(config), Trainer(config).iterate(1)[0]
     assert expected.forward is not None and metrics["nfe/forward"] < expected.forward.least
 

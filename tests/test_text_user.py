@@ -178,7 +178,7 @@ def test_many_cut_answers_are_something_to_look_at(lora_run: Path, tmp_path: Pat
 def test_evaluations_have_no_column_of_guidance(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(full_run), "--num-answers", "4"]) == 0
     head, row, *_ = capsys.readouterr().out.splitlines()
-    assert head.split() == ["prompts", "reward", "base", "tuned", "change", "samples"] and row.startswith("eval")
+    assert head.split() == ["prompts", "reward", "base", "tuned", "change", "answers"] and row.startswith("eval")
     assert main(["eval", str(full_run), "--guidance-scale", "2"]) == 2
     assert capsys.readouterr().err == "error: --guidance-scale: language models are sampled without guidance; leave it out\n"
 

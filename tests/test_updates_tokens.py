@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowrl.config import Config
 from flowrl.trainer import Trainer
+from flowrl.types import UserError
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5, 0.25, 0.0, 0.75, 1.0, 1.0, 0.0, 1.0]
 ONE = ["objective.updates_per_iteration=1", "objective.inner_epochs=1"]
@@ -124,3 +125,15 @@ def test_weights_correct_for_an_engine_with_other_numerics(configure: Configure)
     torch.testing.assert_close(factor[assigned.mask], torch.full_like(factor[assigned.mask], 0.1).exp(), rtol=1e-3, atol=1e-3)
     assigned.answers.completions.log_prob.sub_(1.0)
     assert float(update._factors(torch.arange(12))[assigned.mask].max()) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("advantage.aggregate=gdpo", "advantage.aggregate: gdpo is of pictures; with likelihood: token use rewards, their weighted sum"),
+        ("rewards=[{name: arithmetic, minimum: 0.5}]", "rewards.arithmetic.minimum: hard constraints are of pictures"),
+    ],
+)
+def test_settings_that_only_pictures_read_are_refused(configure: Configure, setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configure(setting)

@@ -75,6 +75,11 @@ def token_disagreements(config: Config) -> Iterator[str]:
         yield f"objective.ratio: {o.ratio} moves whole answers, and token_credit: {config.token_credit.name} differs within them; use seq_mean_token"
     if o.reduction == "seq_mean_token_sum_norm" and o.max_length is None and config.generation.max_new_tokens < 1:
         yield "objective.max_length: seq_mean_token_sum_norm needs it"
+    if a.aggregate != "rewards" and config.data.pairs is None:
+        yield f"advantage.aggregate: {a.aggregate} is of pictures; with likelihood: token use rewards, their weighted sum"
+    for reward in config.rewards:
+        if reward.minimum is not None:
+            yield f"rewards.{reward.key}.minimum: hard constraints are of pictures; with likelihood: token leave it out, and see shaping: constraint_gate"
     if a.transform != "identity":
         yield f"advantage.transform: {a.transform} makes weights of pictures; with likelihood: token use identity"
     if a.centre != "none" and rollout.group_size == 1 and a.centre in ("group", "leave_one_out", "length_weighted", "best_minus_second"):
