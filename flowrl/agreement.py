@@ -244,12 +244,12 @@ def _shards(config: Config) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     rollout = config.rollout
-    images = rollout.groups_per_iteration * rollout.group_size
+    images, what = rollout.groups_per_iteration * rollout.group_size, "answers" if config.likelihood == "token" else "images"
     if rollout.group_size < 2 and config.likelihood != "token":
         yield f"rollout.group_size: {rollout.group_size} is too small, a group needs at least 2 samples to compare"
     if config.objective.updates_per_iteration > images:
         yield (
-            f"objective.updates_per_iteration: {config.objective.updates_per_iteration} is more than the {images} images of an iteration "
+            f"objective.updates_per_iteration: {config.objective.updates_per_iteration} is more than the {images} {what} of an iteration "
             "(groups_per_iteration x group_size)"
         )
     for guidance_scale, name in ((rollout.guidance_scale, "rollout"), (config.evaluation.guidance_scale, "evaluation")):

@@ -208,7 +208,7 @@ def _warnings(trainer: Trainer, metrics: dict[str, Any]) -> Iterator[tuple[str, 
             "use a higher precision",
         )
     if metrics["nfe/used"] != metrics["nfe/minimum"]:
-        yield "nfe", f"{metrics['nfe/used']} network rows were used where {metrics['nfe/minimum']} suffice; please report this"
+        yield "nfe", f"{metrics['nfe/used']} network evaluations were used where {metrics['nfe/minimum']} suffice; please report this"
     if metrics["iteration"] in (10, trainer.config.training.iterations):
         for line in trainer.monitor.warnings():
             yield f"constant {line}", line

@@ -114,7 +114,7 @@ class AllocationConfig(Section):
 class GuideConfig(Section):
     """TGDPO's guide: a model trained with DPO says which tokens made the difference, see `flowrl.core.pair_tokens.guide_weights`."""
 
-    path: Text = Field(description="a folder or a hub id: a model with the same tokenizer")
+    path: Text | None = Field(None, description="a folder or a hub id: a model with the same tokenizer; null = the model itself, whose weights are all 1")
     alpha: NonNegativeFloat = Field(0.5, description="how much a token's log-ratio of guide and reference moves its weight; 0 = all weigh 1")
     limits: tuple[Float, Float] | None = Field(None, description="lowest and highest weight; null = as released, where a weight may be negative")
 

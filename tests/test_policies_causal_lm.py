@@ -379,7 +379,6 @@ def test_all_end_tokens_of_the_model_count(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_new_tokens": 9, "max_new_tokens": 8}, "generation.min_new_tokens: 9 is more than max_new_tokens, 8"),
         ({"max_new_tokens": CONTEXT}, f"generation.max_new_tokens: {CONTEXT} leave no room for a prompt in the model's context of {CONTEXT} tokens"),
         ({"max_new_tokens": 60}, f"a text of 17 tokens and generation.max_new_tokens, 60, are more than the model's context, {CONTEXT}"),
     ],

@@ -121,6 +121,7 @@ def test_weights_correct_for_an_engine_with_other_numerics(configure: Configure)
     assigned.answers.completions.log_prob.sub_(0.1)  # the engine said less
     update, _ = trainer.engine.update(_rolled_out(trainer), assigned, [], [0, 1, 2], 1)
     assert update is not None
+    update.prepare([torch.zeros(0, dtype=torch.int64), torch.arange(12)])  # all of them after the first update
     factor = update._factors(torch.arange(12))
     torch.testing.assert_close(factor[assigned.mask], torch.full_like(factor[assigned.mask], 0.1).exp(), rtol=1e-3, atol=1e-3)
     assigned.answers.completions.log_prob.sub_(1.0)
@@ -137,3 +138,27 @@ def test_weights_correct_for_an_engine_with_other_numerics(configure: Configure)
 def test_settings_that_only_pictures_read_are_refused(configure: Configure, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         configure(setting)
+
+
+def test_what_belongs_to_other_runs_or_has_no_effect_is_refused(configure: Configure) -> None:
+    for settings, message in (
+        (["kl={weight: 0.1, form: k1, place: loss}"], "k1 has no gradient on average as a term of the loss"),
+        (["method=unlikeliness", "allocation.samples=[expert]"], "shaping: rank_unlikely compares how likely answers were"),
+        (["method=kl_cov", "allocation.samples=[expert]"], "objective.name: kl_cov chooses tokens by how likely they were"),
+        (["method=remix", "objective.ratio=seq_mean"], "objective.ratio: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            configure(*settings)
+
+
+@pytest.mark.parametrize("method", ["nash_mp", "adaptive_entropy", "bapo"])
+def test_measuring_the_gradient_of_each_reward_leaves_no_trace(configure: Configure, method: str) -> None:
+    """The same weights and states as with fixed weights, where the measured ones cannot move them."""
+    two = "rewards=[{name: 'letters:Vowels', label: a}, {name: 'letters:Vowels', label: b}]"
+    fixed, measured = (
+        assert_trains(configure(f"method={method}", "rollout={groups_per_iteration: 3, group_size: 4}", two, *more))[0]
+        for more in ([], ["reward_weights={kind: gradient, every: 1, rate: 1.0e-9}"])
+    )
+    for a, b in zip(fixed.parameters, measured.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert str(fixed.engine.state_dict()) == str(measured.engine.state_dict())

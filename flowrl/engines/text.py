@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -26,7 +26,7 @@ from flowrl.text.credit import CREDITS
 from flowrl.text.evaluation import TextEvaluation, TextEvaluator, on_cpu
 from flowrl.text.factors import FACTORS
 from flowrl.text.lists import measure_lagged
-from flowrl.text.objectives import make_objective
+from flowrl.text.objectives import TokenObjective, make_objective
 from flowrl.text.pairs import PairObjective
 from flowrl.text.parts import Part, make_part
 from flowrl.text.rolled import Rolled
@@ -78,6 +78,7 @@ class AssignedAnswers:
 
     Attributes:
         advantages: [B, T] float32. mask: [B, T] bool. factor: [B, T] float32 or None.
+        alone: of one reward, whose gradient is only measured: parts of the method learn nothing from it.
     """
 
     answers: Answers
@@ -85,6 +86,7 @@ class AssignedAnswers:
     mask: Tensor
     factor: Tensor | None
     sums: dict[str, float]
+    alone: bool = False
 
     @property
     def placeholder(self) -> bool:
@@ -122,19 +124,23 @@ class TextEngine:
         self.shapers = [make_part("shaping", SHAPERS, part.name, part.args) for part in config.shaping]
         self.credit = make_part("token_credit", CREDITS, config.token_credit.name, config.token_credit.args)
         self.factors = [make_part("tokens.weights", FACTORS, part.name, part.args) for part in config.tokens.weights]
-        self.objective = make_objective(config)
         self.terms = make_terms(config)
         self.policy.check_generation(config.generation)
         pairs: TextPairs | None = setting.data.pairs
         self.stored = None if pairs is None else StoredPairs(pairs, self.policy)
+        self.objective = self._objective()
         for prompts in (*(() if self.stored else (self.prompts,)), *self.splits.values()):  # one that does not fit is an error now
             self.policy.encode(prompts, config.generation)
-        if isinstance(self.objective, PairObjective):
-            self.objective.attach(self.policy, self.stored)
         self.rounds = Rounds(self, self.estimator.bounds)
         self.value = make_value(config, self.policy.hidden_size, self.accelerator)
         every = (self.prompts, *self.splits.values())
         self.rollout = make_rollout(config, self.policy, self.credit, every, lambda shown, found: self._submit(shown, found).result()["total"])
+
+    def _objective(self) -> TokenObjective:
+        objective = make_objective(self.config)
+        if isinstance(objective, PairObjective):
+            objective.attach(self.policy, self.stored)
+        return objective
 
     @property
     def _parts(self) -> dict[str, Part]:
@@ -188,6 +194,10 @@ class TextEngine:
 
     def gather(self, value: Any) -> list[Any]:
         return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
+
+    @property
+    def rows_per_forward(self) -> int:
+        return self.policy.rows_per_forward
 
     @property
     def place(self) -> tuple[int, int]:
@@ -270,29 +280,32 @@ class TextEngine:
         iteration: int,
     ) -> tuple[AssignedAnswers, dict[str, Any]]:
         answers = self.answers(rolled_out, scores, everywhere, prompts, numbers, iteration)
-        parts = [*self.shapers, self.credit, *self.factors, self.objective, *self.terms]
-        needs = frozenset[str]().union(*(part.needs for part in parts))
-        if self.config.kl.weight > 0 and self.config.kl.place == "reward":
-            needs |= {"log_prob", "reference"}
-        if self.config.generation.engine != "transformers" or self.config.generation.importance not in (None, "none"):
-            needs |= {"log_prob"}
-        if self.setting.samples_with_old_policy and not isinstance(self.objective, PairObjective):
-            needs |= {"log_prob"}
         self.rounds.observe(answers)
-        measure(answers, sorted(needs))
-        if self.config.anchor.weight > 0 and (old := self.setting.old_policy) is not None:
-            measure_lagged(answers, old.applied)
+        self._measure(answers)
         assigned = self._assign(answers, self.credit, self.estimator)
         if self.value is not None:
             self.value.learn(answers)
         return assigned, self._metrics(answers)
+
+    def _measure(self, answers: Answers) -> None:
+        """Evaluate what the parts of the method need, each policy once."""
+        parts = [*self.shapers, self.credit, *self.factors, self.objective, *self.terms]
+        needs = frozenset[str]().union(*(part.needs for part in parts))
+        if self.config.kl.weight > 0 and self.config.kl.place == "reward":
+            needs |= {"log_prob", "reference"}
+        if self.setting.samples_with_old_policy and not isinstance(self.objective, PairObjective):
+            needs |= {"log_prob"}
+        measure(answers, sorted(needs))
+        if self.config.anchor.weight > 0 and (old := self.setting.old_policy) is not None:
+            measure_lagged(answers, old.applied)
 
     def assign_alone(
         self, rolled_out: SampledAnswers, scores: dict[str, Scores], everywhere: dict[str, Scores], numbers: Sequence[int], iteration: int
     ) -> AssignedAnswers:
         nobody = torch.zeros(0, dtype=torch.int64)
         answers = self.answers(rolled_out, scores, everywhere, (nobody, nobody), numbers, iteration)
-        return self._assign(answers, self.credit, Estimator(self.config.advantage, self.setting.add, self.estimator.bounds))
+        self._measure(answers)
+        return replace(self._assign(answers, self.credit, Estimator(self.config.advantage, self.setting.add, self.estimator.bounds)), alone=True)
 
     def _assign(self, answers: Answers, credit: Any, estimator: Estimator) -> AssignedAnswers:
         for shaper in self.shapers:
@@ -341,17 +354,18 @@ class TextEngine:
         self, rolled_out: SampledAnswers, assigned: AssignedAnswers, prompts: list[Prompt], numbers: list[int], iteration: int
     ) -> tuple[Update | None, dict[str, Any]]:
         answers = assigned.answers
-        self.objective.begin(answers, assigned.advantages)
-        if isinstance(self.objective, PairObjective):
+        objective, terms = (self._objective(), []) if assigned.alone else (self.objective, self.terms)
+        objective.begin(answers, assigned.advantages)
+        if isinstance(objective, PairObjective):
             is_old = self.setting.samples_with_old_policy
-            of_pairs = AnswerPairUpdate(self.config, self.policy, answers, self.objective, self.setting.sampling, is_old=is_old)
+            of_pairs = AnswerPairUpdate(self.config, self.policy, answers, objective, self.setting.sampling, is_old=is_old)
             return of_pairs, {name: int(self.setting.add(value)) for name, value in of_pairs.counts.items()}
         update = TokenUpdate(
             self.config,
             self.policy,
             answers,
-            self.objective,
-            self.terms,
+            objective,
+            terms,
             advantages=assigned.advantages,
             mask=assigned.mask,
             factor=assigned.factor,
@@ -370,7 +384,7 @@ class TextEngine:
         answers, o = assigned.answers, self.config.objective
         prompt = torch.tensor([len(tokens) for tokens in answers.completions.prompt_tokens], dtype=torch.int64)
         whole = prompt[answers.completions.group] + answers.completions.length - 1
-        sampled = answers.extra.get("sampling_tokens", sampling_tokens(answers.completions))
+        sampled = answers.extra.get("sampling_tokens", sampling_tokens(answers.completions, self.rows_per_forward))
         trained = answers.extra.get("trained_tokens", int(whole[assigned.mask.any(1)].sum()))
         passes = sum(1 for name in ("log_prob", "reference") if name in answers.measured) * int(whole.sum())
         measured = answers.extra.get("measured_tokens", 0)

@@ -193,8 +193,6 @@ class CausalLmPolicy(TrainedPolicy):
         """
         if not self.ends and not settings.stop:
             raise UserError(f"generation.stop: the tokenizer of {self.config.path} has no end token, so that nothing would end an answer; give a text")
-        if settings.min_new_tokens > settings.max_new_tokens:
-            raise UserError(f"generation.min_new_tokens: {settings.min_new_tokens} is more than max_new_tokens, {settings.max_new_tokens}")
         if self.context is not None and settings.max_new_tokens >= self.context:
             raise UserError(f"generation.max_new_tokens: {settings.max_new_tokens} leave no room for a prompt in the model's context of {self.context} tokens")
 
@@ -291,7 +289,14 @@ class CausalLmPolicy(TrainedPolicy):
     # --- log-probabilities ---
 
     def token_output(
-        self, completions: Completions, samples: Tensor, *, columns: Collection[str] = (), temperature: float = 1.0, kappa: float = 0.02
+        self,
+        completions: Completions,
+        samples: Tensor,
+        *,
+        columns: Collection[str] = (),
+        temperature: float = 1.0,
+        kappa: float = 0.02,
+        on_host: bool = False,
     ) -> TokenOutput:
         """What the network says of the tokens of some answers, whoever said them.
 
@@ -301,8 +306,9 @@ class CausalLmPolicy(TrainedPolicy):
         Args:
             samples: [n] int64, numbers of answers.
             columns: of `flowrl.policies.token_statistics.COLUMNS`. temperature: as sampled. kappa: of ``min_p``.
+            on_host: without gradient, leave each part in host memory, where all answers' hidden states may fit.
         Returns:
-            On the policy's device; T is completions.tokens.shape[1].
+            On the policy's device, or the host; T is completions.tokens.shape[1].
         """
         lengths, groups = completions.length.tolist(), completions.group.tolist()
         sizes = {sample: len(completions.prompt_tokens[groups[sample]]) + lengths[sample] for sample in set(samples.tolist())}
@@ -337,16 +343,20 @@ class CausalLmPolicy(TrainedPolicy):
         if torch.is_grad_enabled() or len(wanted) == 0:
             return evaluate(wanted)
         order = sorted(range(len(wanted)), key=lambda number: -sizes[wanted[number]])  # like with like, and the longest first
-        parts: list[dict[str, Tensor]] = []
+        place = torch.device("cpu") if on_host else self.device
+        kept: dict[str, Tensor] = {}
 
         def part(rows: slice) -> Tensor:
             found = evaluate([wanted[number] for number in order[rows]])
-            parts.append(found.columns)
-            return found.log_prob
+            where = torch.tensor(order[rows], device=place)
+            for name, value in {"log_prob": found.log_prob, **found.columns}.items():
+                if name not in kept:
+                    kept[name] = torch.zeros(len(wanted), *value.shape[1:], dtype=value.dtype, device=place)
+                kept[name][where] = value.to(place)
+            return where
 
-        log_prob = self.in_parts(len(order), part)
-        back = torch.tensor(order).argsort().to(self.device)
-        return TokenOutput(log_prob[back], {name: torch.cat([found[name] for found in parts])[back] for name in parts[0]})
+        self.in_parts(len(order), part)
+        return TokenOutput(kept.pop("log_prob"), kept)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, real: int, **more: Any) -> dict[str, Tensor]:
         if self.company is not None:

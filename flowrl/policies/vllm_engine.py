@@ -81,8 +81,8 @@ class VllmEngine:
 
     def _fingerprint(self) -> Tensor:
         """Changes whenever the weights do, whoever changes them."""
-        weights = [p.detach().double() for p in self._policy.trainable()]
-        return torch.stack([torch.stack((value.sum(), value.square().sum())) for value in weights]).cpu()
+        doubles = (p.detach().double() for p in self._policy.trainable())  # one at a time
+        return torch.stack([torch.stack((value.sum(), value.square().sum())) for value in doubles]).cpu()
 
     def generate(
         self,

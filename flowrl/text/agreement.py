@@ -34,7 +34,7 @@ _OF_TEXT = ("generation", "token_credit", "tokens", "entropy", "value", "environ
 _USED_OF_ROLLOUT = ("groups_per_iteration", "group_size")
 _SQUARED = ("reg_grpo", "gvpo", "rover", "kimi")
 """Squared losses, which have no bounds to clip."""
-_PLAIN = ("rover", "token_nft", "lp_reg", "capo", "clip_cov", "kl_cov")
+_PLAIN = ("rover", "token_nft", "lp_reg", "capo", "clip_cov", "kl_cov", "remix")
 """Objectives that read the log-probability of the token itself, or choose single tokens."""
 
 
@@ -64,6 +64,8 @@ def token_disagreements(config: Config) -> Iterator[str]:
     if kl.weight > 0 and kl.form not in _TOKEN_KL:
         yield f"kl.form: {kl.form} compares velocities; with likelihood: token use {', '.join(_TOKEN_KL)}"
     priced = any(part.name == "kl_price" for part in config.shaping)
+    if kl.weight > 0 and kl.place == "loss" and kl.form == "k1":
+        yield "kl.form: k1 has no gradient on average as a term of the loss; use k2, k3 or k3_k2, or kl.place: reward"
     if kl.weight > 0 and kl.place == "reward" and config.token_credit.name == "answer" and not priced:
         yield "kl.place: a price for every token needs a credit of tokens; set token_credit: {name: token_returns}, shaping: [kl_price], or kl.place: loss"
     if priced and not (kl.weight > 0 and kl.place == "reward"):

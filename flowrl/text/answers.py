@@ -130,6 +130,7 @@ def _pass(answers: Answers, names: dict[str, str]) -> None:
     policy, completions = answers.policy, answers.completions
     columns = [name for name in names if name != "log_prob"]
     with policy.in_step():
-        out = policy.token_output(completions, torch.arange(len(completions)), columns=columns, temperature=answers.config.generation.temperature)
+        temperature = answers.config.generation.temperature
+        out = policy.token_output(completions, torch.arange(len(completions)), columns=columns, temperature=temperature, on_host=True)
     for name, kept in names.items():
         answers.measured[kept] = (out.log_prob if name == "log_prob" else out.columns[name]).float().cpu()

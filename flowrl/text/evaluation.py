@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowrl.sections import GenerationConfig
@@ -22,6 +20,8 @@ from flowrl.types import Completions, Prompt, SampleBatch, UserError
 from rewards.composite import WeightedRewards
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from flowrl.policies.causal_lm import CausalLmPolicy
     from flowrl.text.agents import EpisodeRollout
 
@@ -105,6 +105,8 @@ class TextEvaluator:
                 problems = {name: scores[name].problems[j] for name in self.rewards.names if j in scores[name].problems}
                 found.append((i, answers.texts[j], values, problems))
         if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object  # a config is checked without it
+
             found = gather_object(found)
         found.sort(key=lambda item: item[0])
         self.rewards.rest()

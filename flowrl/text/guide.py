@@ -26,7 +26,7 @@ class Guide:
     def __init__(self, config: Config, policy: CausalLmPolicy) -> None:
         section = config.pairing.guide
         assert section is not None
-        model = config.model.model_copy(update={"path": section.path, "adapter": "full"})
+        model = config.model.model_copy(update={"path": section.path or config.model.path, "adapter": "full"})
         self.policy = type(policy)(model, policy.device, rows_per_forward=config.training.rows_per_forward)
         self.policy.network.requires_grad_(False)
         if self.policy.tokenizer.get_vocab() != policy.tokenizer.get_vocab():

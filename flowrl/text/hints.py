@@ -99,7 +99,7 @@ class Hints(SourceBase):
                 prompts = [hinted(asked.prompts[r.group], hint_of(asked.prompts[r.group], rule.levels[r.level]) or "", self.template) for r in requests]
                 generators = [generator(seed, "hints", asked.iteration, asked.numbers[r.group], r.level) for r in requests]
                 completions = sampler.generate(prompts, [r.tries for r in requests], generators)
-                tokens, answers = tokens + sampling_tokens(completions), answers + len(completions)
+                tokens, answers = tokens + sampling_tokens(completions, sampler.rows_per_forward), answers + len(completions)
                 new = self._trained(completions, [r.group for r in requests], asked, sampler)
                 scored = new.scores["total"]
                 solved = (scored.valid & (scored.values > self.threshold)).tolist()

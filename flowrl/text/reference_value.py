@@ -65,7 +65,7 @@ class ReferenceValue(Stateless):
         score: Callable[[Any, Completions, Tensor], dict[str, Scores]] = answers.extra["scored"]
         total = score(prompts, completions, completions.group)["total"]
         value, _ = soft_value(total.values.double(), completions.group, total.valid, len(prompts), temperature=self.temperature)
-        answers.extra["measured_tokens"] = answers.extra.get("measured_tokens", 0) + sampling_tokens(completions)
+        answers.extra["measured_tokens"] = answers.extra.get("measured_tokens", 0) + sampling_tokens(completions, answers.policy.rows_per_forward)
         return dict(zip(new, value.tolist(), strict=True))
 
     def advantages(self, answers: Answers, advantages: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Rounds:
         seed = self.sampler.config.seed
         with self.sampler.phase():
             completions = self.sampler.generate(prompts, counts, [generator(seed, "tokens", iteration, handle, *extra) for handle in handles])
-        self._tokens, self._answers = self._tokens + sampling_tokens(completions), self._answers + len(completions)
+        self._tokens, self._answers = self._tokens + sampling_tokens(completions, self.sampler.rows_per_forward), self._answers + len(completions)
         found = []
         if mine:
             samples = Samples.of(completions, self.sampler.scored(prompts, completions, completions.group))
@@ -158,7 +158,7 @@ class Rounds:
             with sampler.phase():
                 completions = sampler.generate(asked.prompts, self.counts(asked.numbers), generators)
             samples = Samples.of(completions, sampler.scored(asked.prompts, completions, completions.group))
-            tokens, answers = sampling_tokens(completions), len(completions)
+            tokens, answers = sampling_tokens(completions, sampler.rows_per_forward), len(completions)
         for source in self.sources:
             added = source(samples, asked, sampler)
             samples, tokens, answers = added.samples, tokens + added.tokens, answers + added.answers

@@ -43,6 +43,11 @@ def sample_disagreements(config: Config) -> Iterator[str]:
         for name in ("inserted", "constraint_gate"):
             if name in shapers:
                 yield f"shaping: {name} compares with an expert's answer; add allocation: {{samples: [expert]}}"
+    if "expert" in sources:
+        for name in {"rank_unlikely", "novelty"} & shapers.keys():
+            yield f"shaping: {name} compares how likely answers were, and nobody sampled the expert's; take expert out of allocation.samples"
+        if o.name in ("clip_cov", "kl_cov", "lp_reg"):
+            yield f"objective.name: {o.name} chooses tokens by how likely they were, and nobody sampled the expert's; take expert out of allocation.samples"
     if ("exits" in sources) != ("exit_decay" in shapers):
         yield "shaping: exit_decay and the source exits of allocation.samples belong together; add the other one"
     if "exits" in sources and (len(sources) > 1 or a.name in _UNEVEN):
@@ -61,6 +66,9 @@ def sample_disagreements(config: Config) -> Iterator[str]:
         for name in ("novelty", "position_bonus", "inserted"):
             if name in shapers and not (name == "inserted" and shapers[name].get("kind") != "anchor"):
                 yield f"shaping: {name} changes advantages of whole answers, and token_credit: {config.token_credit.name} differs within them; use answer"
+    if config.reward_weights.kind == "gradient":
+        for name in {"gate_product", "constraint_gate"} & shapers.keys():
+            yield f"shaping: {name} reads several rewards at once, and reward_weights: gradient measures each alone; use fixed weights"
     if config.reward_weights.kind == "gradient" and "history_length" in shapers:
         yield "shaping: history_length remembers what it has seen, and reward_weights: gradient looks several times; use fixed weights"
 

@@ -140,6 +140,10 @@ def _scores(parts: Sequence[Scores], order: Sequence[Pick]) -> Scores:
     return Scores(values, valid, raw, problems)
 
 
-def sampling_tokens(completions: Completions) -> int:
-    """The least tokens that a network reads to sample these answers in one call: every prompt once, every answer but its last token."""
-    return sum(map(len, completions.prompt_tokens)) + int((completions.length - 1).clamp_min(0).sum())
+def sampling_tokens(completions: Completions, rows: int) -> int:
+    """The least tokens that a network reads to sample these answers in a call, at most ``rows`` at a time: a prompt once for every batch that has answers to
+    it, every answer but its last token.
+    """
+    sizes = torch.tensor([len(tokens) for tokens in completions.prompt_tokens], dtype=torch.int64)
+    prompts = sum(int(sizes[part.unique()].sum()) for part in completions.group.split(rows))
+    return prompts + int((completions.length - 1).clamp_min(0).sum())

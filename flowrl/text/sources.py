@@ -48,6 +48,11 @@ class Sampler(Protocol):
         ...
 
     @property
+    def rows_per_forward(self) -> int:
+        """Most answers that are sampled at once."""
+        ...
+
+    @property
     def place(self) -> tuple[int, int]:
         """(number of this process, number of processes)."""
         ...

@@ -138,7 +138,7 @@ class IgpoCredit(Stateless):
                 probes = _probes([before for before, _ in asked], [right for _, right in asked], policy.pad)
                 log_prob = policy.token_output(probes, torch.arange(len(asked))).log_prob.double().cpu()
                 values[:-1] = log_prob.sum(1) / probes.length
-        answers.extra["measured_tokens"] = sum(len(before) + len(right) - 1 for before, right in asked)
+        answers.extra["measured_tokens"] = answers.extra.get("measured_tokens", 0) + sum(len(before) + len(right) - 1 for before, right in asked)
         return values[place], torch.tensor([bool(right) for right in gold])
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowrl.config import Config
@@ -23,6 +22,9 @@ from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.text_sections import ValueConfig
 from flowrl.types import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["Fresh", "GaeCredit", "ValueHead", "ValueTargets"]
 
