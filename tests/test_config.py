@@ -288,8 +288,9 @@ def test_every_method_file_gives_a_valid_run_and_says_where_it_comes_from(write)
         sections = {section: value for section, value in config.model_dump().items() if section in method.config}
         for section, values in method.config.items():
             if not isinstance(values, dict | None):
-                found = sections[section]
-                assert (list(found) if isinstance(found, tuple) else found) == values, (name, section)
+                found = [part["name"] for part in sections[section]] if isinstance(values, list) else sections[section]
+                wanted = [part["name"] if isinstance(part, dict) else part for part in values] if isinstance(values, list) else values
+                assert found == wanted, (name, section)
                 continue
             for key, value in (values or {}).items():
                 if not isinstance(value, dict | list):
