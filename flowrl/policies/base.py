@@ -334,13 +334,7 @@ class DiffusionPolicy(TrainedPolicy):
     def export(self, folder: Path, form: Literal["lora", "network", "pipeline"] | None = None, dtype: torch.dtype | None = None) -> None:
         """Write what plain diffusers loads: pytorch_lora_weights.safetensors (load_lora_weights), the network's folder or a whole pipeline (from_pretrained).
 
-        Args:
-            form: None = the LoRA, or under full fine-tuning the network. A network or a pipeline takes a LoRA into its weights, after which this policy can
-                no longer be trained.
-            dtype: of the networks that are written, and so, but for a LoRA, of this policy's from then on; None = as they are.
-        Raises:
-            OSError: it cannot be written.
-            UserError: a weight would become infinite in ``dtype``.
+        Arguments and errors as of `TrainedPolicy.export`.
         """
         is_lora = self.config.adapter == "lora"
         form = form or ("lora" if is_lora else "network")
