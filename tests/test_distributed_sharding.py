@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from test_distributed import COMMON, read
-from toys import ROOT, environment, make_config, write_config
+from toys import ROOT, make_config, run_two, write_config
 
 from flowrl import processes
 from flowrl.checkpoint import find_checkpoints, load_checkpoint, load_policy, model_identity
@@ -110,21 +108,9 @@ def two(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Two:
     (folder / "script.py").write_text(SCRIPT)
     cases = json.dumps({name: overrides(name, SHARED) for name in CASES})
     command = [sys.executable, str(folder / "script.py"), str(folder), cases, str(pipeline), json.dumps([SHARED, LONGER])]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in (0, 1):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = environment(**{name: str(value) for name, value in place.items()})
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all("trained" in out for out, _ in said), said[0][1]
-    return Two(folder, [out for out, _ in said], [err for _, err in said], [process.returncode for process in started])
+    done = run_two(command)
+    assert all("trained" in process.stdout for process in done), done[0].stderr
+    return Two(folder, [process.stdout for process in done], [process.stderr for process in done], [process.returncode for process in done])
 
 
 def newest(run: Path, config: Config) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from test_checkpoint import last_state, remains
 from test_distributed import read
 from text_runs import text_config
-from toys import Launcher, environment
+from toys import Launcher, run_two
 
 from flowrl.checkpoint import find_checkpoints, load_checkpoint, model_identity
 from flowrl.config import Config, load_config
@@ -67,20 +65,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare(folder / name, folder)
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(folder / "script.py"), str(folder), json.dumps({name: overrides(name, folder) for name in CASES})]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in (0, 1):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = environment(**{name: str(value) for name, value in place.items()})
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
+    done = run_two(command)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     return folder
 
 
