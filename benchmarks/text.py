@@ -35,7 +35,13 @@ BASELINE = "grpo"
 EVALUATED = {"eval": 512, "unseen": 512}
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571)
 
+_FOUR = "objective.updates_per_iteration=4"  # published: 16 or 8 updates of at least 32 prompts each; an iteration has 16 prompts here
 OVERRIDES: dict[str, list[str]] = {
+    "copo": [_FOUR],
+    "mdpo": [_FOUR],
+    # the punishment is of the length that the run allows, as the method's page says
+    "dapo": [_FOUR, "shaping={overlong: {max_length: 48, cache: 10}}"],
+    "vapo": [_FOUR, "value.warmup_iterations=2"],  # published: 50; the budget is about 25 iterations
     # the method needs a reward of the reasoning; here the share of true equations among those that the answer writes down
     "posterior_grpo": ["shaping=[{name: gate_product, args: {outcome: arithmetic, quality: arithmetic/arithmetic_work}}]"],
 }
