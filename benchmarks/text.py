@@ -41,7 +41,10 @@ OVERRIDES: dict[str, list[str]] = {
     "mdpo": [_FOUR],
     # the punishment is of the length that the run allows, as the method's page says
     "dapo": [_FOUR, "shaping={overlong: {max_length: 48, cache: 10}}"],
-    "vapo": [_FOUR, "value.warmup_iterations=2"],  # published: 50; the budget is about 25 iterations
+    # published: 50, 100 and 50 iterations before the method begins; the budget is about 25
+    "vapo": [_FOUR, "value.warmup_iterations=5"],
+    "kimi_length": ["shaping=[{name: relative_length, args: {weight: 1.0, warmup: 5}}]"],
+    "scaf_grpo": ["allocation.samples=[{name: hints, args: {rule: scaf, levels: 12, warmup: 5}}]"],
     # the method needs a reward of the reasoning; here the share of true equations among those that the answer writes down
     "posterior_grpo": ["shaping=[{name: gate_product, args: {outcome: arithmetic, quality: arithmetic/arithmetic_work}}]"],
 }
