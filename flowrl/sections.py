@@ -273,6 +273,9 @@ class GenerationConfig(Section):
         None, description="weights that correct for an engine whose numerics differ from training's; null = truncated for vllm, else none"
     )
     importance_level: Literal["token", "sequence"] = "token"
+    importance_low: NonNegativeFloat = Field(
+        0.0, description="the least that a weight is; below it counts as that (truncated) or as nothing (masked; 0.5 is usual)"
+    )
     importance_high: PositiveFloat = Field(2.0, description="the most that a weight is; beyond it counts as that (truncated) or as nothing (masked)")
 
     @field_validator("min_new_tokens")

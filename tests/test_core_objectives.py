@@ -97,6 +97,14 @@ def test_a_ratio_beyond_float32_stays_clipped():
     assert torch.autograd.grad(loss.sum(), log_prob)[0].tolist() == [[0.0, 0.0, 0.0]]
 
 
+def test_a_bad_decision_that_grew_by_more_than_e_to_the_20_moves_nothing():
+    log_prob = torch.tensor([[19.0, 30.0, 200.0]], requires_grad=True)
+    result = clipped_surrogate(decisions(log_prob, torch.zeros(1, 3), torch.full((1, 3), -1.0)), clip_low=0.2, clip_high=0.2)
+    torch.testing.assert_close(result.loss.detach(), torch.tensor([[math.exp(19.0), math.exp(20.0), math.exp(20.0)]]))
+    result.loss.sum().backward()
+    torch.testing.assert_close(log_prob.grad, torch.tensor([[math.exp(19.0), 0.0, 0.0]]))
+
+
 def test_metrics_carry_no_gradient():
     log_prob, old, advantages = draw(6, spread=0.5)
     objective = clipped_surrogate(decisions(log_prob, old, advantages), clip_low=0.1, clip_high=0.1)

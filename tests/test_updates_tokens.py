@@ -126,18 +126,10 @@ def test_weights_correct_for_an_engine_with_other_numerics(configure: Configure)
     torch.testing.assert_close(factor[assigned.mask], torch.full_like(factor[assigned.mask], 0.1).exp(), rtol=1e-3, atol=1e-3)
     assigned.answers.completions.log_prob.sub_(1.0)
     assert float(update._factors(torch.arange(12))[assigned.mask].max()) == 1.5
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("advantage.aggregate=gdpo", "advantage.aggregate: gdpo is of pictures; with likelihood: token use rewards, their weighted sum"),
-        ("rewards=[{name: arithmetic, minimum: 0.5}]", "rewards.arithmetic.minimum: hard constraints are of pictures"),
-    ],
-)
-def test_settings_that_only_pictures_read_are_refused(configure: Configure, setting: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        configure(setting)
+    assigned.answers.completions.log_prob.add_(2.1)  # the engine said exp(1) as much
+    assert float(update._factors(torch.arange(12))[assigned.mask].min()) < 0.4
+    object.__setattr__(trainer.config.generation, "importance_low", 0.5)
+    assert float(update._factors(torch.arange(12))[assigned.mask].min()) == 0.5
 
 
 def test_what_belongs_to_other_runs_or_has_no_effect_is_refused(configure: Configure) -> None:

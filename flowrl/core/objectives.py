@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowrl.core.gates import bgpo, cispo, gmpo, kimi, mdpo, sapo, unmasked, vespo
+from flowrl.core.gates import LOG_RATIO_LIMIT, bgpo, cispo, gmpo, kimi, mdpo, sapo, unmasked, vespo
 from flowrl.types import Decisions, Objective
 
 __all__ = ["OBJECTIVES", "clipped_surrogate", "dynamic_clip_bounds", "nft", "reinforce"]
@@ -40,6 +40,7 @@ def clipped_surrogate(
         dual_clip: > 1, usually 3, 10 in BNPO; None = none. ratio_max: > 0, 4 in INTELLECT-2, TRL's ``delta``; None = none.
     Returns:
         loss [B, S] and metrics, each [B, S]: ``ratio``, ``clipped_low``, ``clipped_high`` (1.0 where a bound stops the gradient), ``log_ratio``.
+        Where A < 0 nothing of PPO stops a growing ratio: beyond a log ratio of 20 the loss stays as it is there, without gradient (verl).
     Source:
         PPO, arXiv:1707.06347 eq. 7; separate bounds: DAPO, arXiv:2503.14476 eq. 10; on SDE steps: Flow-GRPO, arXiv:2505.05470. dual_clip: arXiv:1912.09729,
         verified in verl; ratio_max: verified in TRL; centre: ReMix, arXiv:2507.06892, from a note on the paper.
@@ -57,7 +58,7 @@ def clipped_surrogate(
             low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
         free = ~(low | high) & (advantages != 0)
     # the maximum of the docstring, written so that a stopped decision never touches exp: a ratio that overflows there would turn gradient 0 into NaN
-    moving = torch.where(free, log_ratio, torch.zeros_like(log_ratio)).exp()
+    moving = torch.where(free, log_ratio, torch.zeros_like(log_ratio)).clamp_max(LOG_RATIO_LIMIT).exp()
     loss = -advantages * torch.where(free, moving, ratio.clamp(lower, upper))
     return Objective(loss, {"ratio": ratio, "log_ratio": log_ratio.detach(), "clipped_low": low.to(ratio), "clipped_high": high.to(ratio)})
 

@@ -137,7 +137,6 @@ class TokenUpdate:
         if kind == "none":
             return factor
         sampled = self.answers.completions.log_prob[rows]
-        weight = importance_weights(
-            self.old[rows.to(self.old.device)].cpu(), sampled, self.answers.mask[rows], kind, g.importance_level, high=g.importance_high
-        )
+        old, mask = self.old[rows.to(self.old.device)].cpu(), self.answers.mask[rows]
+        weight = importance_weights(old, sampled, mask, kind, g.importance_level, low=g.importance_low, high=g.importance_high)
         return weight if factor is None else factor * weight
