@@ -45,6 +45,11 @@ OVERRIDES: dict[str, list[str]] = {
     "vapo": [_FOUR, "value.warmup_iterations=5"],
     "kimi_length": ["shaping=[{name: relative_length, args: {weight: 1.0, warmup: 5}}]"],
     "scaf_grpo": ["allocation.samples=[{name: hints, args: {rule: scaf, levels: 12, warmup: 5}}]"],
+    # published: forks every 64 or 512 tokens, a window of 8192; an answer has about 19 here, at most 48
+    "refuel": ["tree.segment=8"],
+    "tree_po": ["tree.segment=8"],
+    "spo_tree": ["tree.segment=8"],
+    "t_ppo": ["partial.window=16"],
     # the method needs a reward of the reasoning; here the share of true equations among those that the answer writes down
     "posterior_grpo": ["shaping=[{name: gate_product, args: {outcome: arithmetic, quality: arithmetic/arithmetic_work}}]"],
 }
