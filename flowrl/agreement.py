@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from flowrl.likelihood_agreement import DIRECT_NAMES, PAIR_NAMES, likelihood_disagreements
+from flowrl.medium_agreement import wrong_medium
 from flowrl.objective_agreement import clip_has_effect, objective_disagreements, unknown_objective
 from flowrl.objective_names import OBJECTIVE_NAMES
+from flowrl.stated import are_known, asked
 
 if TYPE_CHECKING:
     from flowrl.config import Config
@@ -24,6 +26,14 @@ BOUNDED_KERNELS = ("cps", "ddim", "sde_dpm++")
 
 def disagreements(config: Config) -> Iterator[str]:
     """One line for every pair of values that do not go together, with what to do."""
+    if not are_known(config.method):
+        return  # `load_config` says so; what the method would have brought is missing everywhere
+    lines = list(_disagreements(config))
+    line = wrong_medium(config) if lines else ""
+    yield from [line] if line else lines  # nearly every section is the other medium's
+
+
+def _disagreements(config: Config) -> Iterator[str]:
     if line := unknown_objective(config.objective.name):
         yield line  # what goes with it cannot be known
         return
@@ -39,8 +49,7 @@ def disagreements(config: Config) -> Iterator[str]:
             yield from _plan(config.rollout)
         yield from only_of_text(config)
         yield from picture_disagreements(config)
-    yield from objective_disagreements(config)
-    if config.likelihood != "token":
+        yield from objective_disagreements(config)
         yield from likelihood_disagreements(config)
     if config.likelihood == "transition":
         yield from _selection(config)
@@ -281,7 +290,7 @@ def _several_rewards(config: Config) -> Iterator[str]:
     where = f"reward_weights.kind: {weights.kind}"
     if name in PAIR_NAMES or name in DIRECT_NAMES:
         yield f"{where} changes advantages, which objective {name} does not use; use fixed"
-    if len(weighted) < 2:
+    if len(weighted) < 2 and weights.kind == "gradient":
         yield f"{where} needs at least two rewards that have a weight; use fixed"
     if weights.kind == "gradient":
         if any(reward.weight < 0 for reward in weighted):
@@ -322,7 +331,12 @@ def settings_without_effect(config: Config) -> Iterator[str]:
     yield from _of_the_likelihood(config)
     if credit.backup == "mean":
         yield from _changed("credit", credit, only=["temperature"], why="backup mean")
-    yield from _of_the_advantage(config)
+    if config.likelihood == "token":
+        from flowrl.text.effect_agreement import idle_settings  # which reads classes that read the config's
+
+        yield from idle_settings(config)
+    if not (config.likelihood == "token" and OBJECTIVE_NAMES[config.objective.name].kind == "pair"):
+        yield from _of_the_advantage(config)
     yield from _of_the_clip(config)
     kind = config.reward_weights.kind
     used = {"hypervolume": ("split", "reference"), "gradient": ("every", "rate"), "fixed": ()}[kind]
@@ -352,12 +366,7 @@ def _of_the_clip(config: Config) -> Iterator[str]:
     o = config.objective
     if not clip_has_effect(o):
         why = "ratio none, which is always 1" if o.ratio == "none" else f"{o.name}, which has no clip"
-        from flowrl.config import list_methods  # which reads this file
-
-        method = list_methods().get(config.method.partition("+")[0])
-        brought = {} if method is None else method.config.get("objective", {})  # with the method, not asked for
-        asked = [key for key in ("clip_low", "clip_high", "dynamic_clip") if getattr(o, key) != brought.get(key)]
-        yield from _changed("objective", o, only=asked, why=why)
+        yield from _changed("objective", o, only={"clip_low", "clip_high", "dynamic_clip"} & asked(config, "objective"), why=why)
 
 
 def _of_the_likelihood(config: Config) -> Iterator[str]:

@@ -24,7 +24,7 @@ from flowrl.prompt_rates import Curriculum, Knapsack, Priority, Ramp, Thompson, 
 from flowrl.seeds import generator
 from flowrl.types import UserError
 
-__all__ = ["ALLOCATORS", "Allocator", "Budget", "Choice", "Group", "Order", "Outcomes"]
+__all__ = ["ALLOCATORS", "Allocator", "Budget", "Choice", "Drop", "Group", "Order", "Outcomes"]
 
 DropKind = Literal["equal", "all_best"]
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl.comparison import compared, gated
 from flowrl.config import Config
 from flowrl.core.advantages import group_statistics
-from flowrl.core.aggregation import batch_standardised, gate
 from flowrl.core.credit import backup, integrate, layer_advantages, layer_position, sibling_advantages
 from flowrl.core.layer_tuning import progress_weights, rows_of_best, straight_velocity
 from flowrl.core.objectives import dynamic_clip_bounds
 from flowrl.core.preference import PAIR_OBJECTIVES
 from flowrl.core.selection import best_and_worst, contrast_mask, depth_mask, depth_window, edges_of_leaves, fraction_mask, width_mask
 from flowrl.core.transforms import NORMALISED, transform
-from flowrl.estimation import Estimator, batch_spread
+from flowrl.estimation import Estimator
 from flowrl.reward_weights import RewardWeights
 from flowrl.seeds import generator
 from flowrl.types import Rollout, Scores, UserError
@@ -209,22 +209,8 @@ class Assigner:
             out = out * (count / total) if total > 0 else out
         return out
 
-    def _satisfied(self, scores: dict[str, Scores]) -> Tensor | None:
-        """[B] bool: samples that keep every hard constraint; None where there is no constraint, or only a total, as of stored pairs and of one reward's
-        gradient. One that cannot be scored does not break it.
-        """
-        limits = {reward.key: reward.minimum for reward in self.config.rewards if reward.minimum is not None and reward.key in scores}
-        if not limits:
-            return None
-        return torch.stack([~(scores[name].values < limit) for name, limit in limits.items()]).all(0)
-
     def _gated(self, scores: dict[str, Scores], sets: Tensor) -> Scores:
-        """The total, where samples that break a constraint rank below all others that they are compared with."""
-        total, satisfied = scores["total"], self._satisfied(scores)
-        if satisfied is None:
-            return total
-        values = gate(total.values.double(), satisfied, sets, total.valid, int(sets.max()) + 1)
-        return Scores(values, total.valid)
+        return gated(self.config, scores, sets, int(sets.max()) + 1)
 
     def _leaf_advantages(
         self,
@@ -241,34 +227,7 @@ class Assigner:
         return self._compared(everywhere, everywhere, sets, (prompts[1], prompts[1]))[mine]
 
     def _compared(self, scores: dict[str, Scores], everywhere: dict[str, Scores], sets: Tensor, prompts: tuple[Tensor, Tensor]) -> Tensor:
-        """[B] float64, from the total reward or as the weighted sum of each reward's advantage. sets: [B] int64, equal for samples that are compared."""
-        a, total = self.config.advantage, self._gated(scores, sets)
-        num_sets = int(sets.max()) + 1
-        if a.aggregate == "rewards" or scores.keys() == {"total"}:  # a total alone: the gradient of one reward is measured
-            return self.estimator(total, everywhere["total"], sets, num_sets, prompts=prompts)
-        out = torch.zeros(len(sets), dtype=torch.float64)
-        optional = {reward.key for reward in self.config.rewards if not reward.required}
-        for name in self.rewards.names:
-            if name in optional and not bool(everywhere[name].valid.any()):
-                continue
-            valid = scores[name].valid & total.valid
-            eps = a.eps + a.std_floor * batch_spread(everywhere[name], a.ddof)
-            one = self.estimator(scores[name], everywhere[name], sets, num_sets, prompts=prompts, name=name, valid=valid, eps=eps)
-            out += self.rewards.weights[name] * one
-        satisfied = self._satisfied(scores)
-        if satisfied is not None:
-            out = gate(out, satisfied, sets, total.valid, num_sets)
-        return out if a.aggregate == "advantages" else self._standardised(out, total.valid)
-
-    def _standardised(self, advantages: Tensor, valid: Tensor) -> Tensor:
-        """GDPO: over the samples of all processes."""
-        a, known = self.config.advantage, advantages[valid]
-        count = self.add(float(len(known)))
-        if count <= a.ddof:
-            return advantages
-        mean = self.add(float(known.sum())) / count
-        std = (self.add(float((known - mean).square().sum())) / (count - a.ddof)) ** 0.5
-        return batch_standardised(advantages, valid, mean=mean, std=std, eps=a.eps)
+        return compared(self.config, self.rewards, self.estimator, scores, everywhere, sets, int(sets.max()) + 1, prompts=prompts)
 
     def _backup(self, rollout: Rollout, values: Tensor, valid: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
         elements = rollout.row_x[0].numel() if self.config.rollout.log_prob_reduction == "sum" else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flowrl.results import thousands
-from flowrl.run_records import Run, reward_names, unique
+from flowrl.run_records import Record, Run, reward_names, unique
 from flowrl.sections import ObjectiveConfig
 
 __all__ = ["check_run", "ratio_is_off"]
@@ -88,6 +88,11 @@ def check_run(run: Run) -> Iterator[tuple[str, str]]:
     elif cut:
         yield "ok", f"{1 - cut[-1]:.0%} of the answers of the last iteration came to an end."
 
-    lost = unique(key for row in run.metrics for key, value in row.items() if value is None)
+    lost = unique(key for row in run.metrics for key, value in row.items() if value is None and not _is_unsampled(row, key))
     if lost:
         yield "warn", f"Not finite in at least one iteration: {', '.join(lost[:6])}{' and others' if len(lost) > 6 else ''}."
+
+
+def _is_unsampled(row: Record, key: str) -> bool:
+    """Whether a metric of samples has no value because the iteration sampled none: it trained what earlier ones have left."""
+    return row.get("tokens/sampled") == 0 and key.startswith(("reward/", "answer/"))

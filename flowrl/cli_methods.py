@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,6 +27,7 @@ def methods(
     from omegaconf import OmegaConf
 
     from flowrl.config import list_methods
+    from flowrl.method_parts import parts_of
     from flowrl.mistakes import did_you_mean
     from flowrl.types import UserError
 
@@ -43,32 +43,7 @@ def methods(
         raise UserError(f"unknown method {name}; {did_you_mean(name, known)}")
     method = known[name]
     lines = [f"{name}: {method.summary}", method.paper]
-    lines += ["", "Parts:", *(f"- {part}: {value}" for part, value in _parts_of(method.config))]
+    lines += ["", "Parts:", *(f"- {part}: {value}" for part, value in parts_of(method).items())]
     for title, notes in (("Checked against the source", method.verified), ("Where ours differs", method.deviations)):
         lines += ["", f"{title}:", *(f"- {note}" for note in notes)]
     typer.echo("\n".join([*lines, "", "Defaults:", OmegaConf.to_yaml(OmegaConf.create(method.config)).rstrip()]))
-
-
-def _parts_of(defaults: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The axes on which methods differ, with their values in a run of this method that says nothing else."""
-    from flowrl.config import Config
-
-    config = Config.model_validate({"run_dir": "run", "rewards": ["any"], **defaults})
-    a, o = config.advantage, config.objective
-    found = [("likelihood", config.likelihood), ("centre", a.centre), ("scale", a.scale), ("ratio", o.ratio), ("objective", o.name), ("reduction", o.reduction)]
-    if config.likelihood == "token":
-        found.append(("credit", config.token_credit.name))
-        found.append(("shaping", _named(config.shaping)))
-        found.append(("token weights", _named(config.tokens.weights)))
-        found.append(("allocation", config.allocation.name + (f" with {_named(config.allocation.samples)}" if config.allocation.samples else "")))
-        ways = [name for name in ("environment", "tree", "partial") if getattr(config, name) is not None]
-        found.append(("answers", ", ".join(ways) or "one by one"))
-    else:
-        found += [("plan", config.rollout.plan), ("kernel", config.rollout.kernel), ("credit", config.credit.normalize)]
-    if config.kl.weight > 0:
-        found.append(("KL", f"{config.kl.form}, weight {config.kl.weight:g}, in the {config.kl.place}"))
-    return found
-
-
-def _named(parts: Any) -> str:
-    return ", ".join(part.name for part in parts) or "none"

@@ -19,9 +19,9 @@ from flowrl.types import Scores, UserError
 __all__ = ["Estimator", "batch_spread"]
 
 
-def batch_spread(everywhere: Scores, ddof: int) -> float:
-    """Standard deviation of all rewards of the iteration; 0 where there are too few."""
-    rewards = everywhere.values[everywhere.valid].double()
+def batch_spread(everywhere: Scores, ddof: int, counted: Tensor | None = None) -> float:
+    """Standard deviation of the rewards of the iteration; 0 where there are too few. counted: [B everywhere] bool, those that enter; None = all."""
+    rewards = everywhere.values[everywhere.valid if counted is None else everywhere.valid & counted].double()
     return float(rewards.std(correction=ddof)) if len(rewards) > ddof else 0.0
 
 
@@ -59,7 +59,7 @@ class Estimator:
         name: str = "total",
         valid: Tensor | None = None,
         lengths: Tensor | None = None,
-        stats_mask: Tensor | None = None,
+        stats_mask: tuple[Tensor, Tensor] | None = None,
         eps: float | None = None,
     ) -> Tensor:
         """Advantages [B] float64, not clamped; 0 where not valid. Call it once an iteration for each reward: it remembers what it has seen.
@@ -71,7 +71,7 @@ class Estimator:
             name: of the reward, for messages and averages.
             valid: [B] bool, samples that count; None = those that have a score.
             lengths: [B], decisions of each sample, of the centre length_weighted.
-            stats_mask: [B] bool, samples that enter statistics; None = all. The average and the history take all.
+            stats_mask: [B] bool, samples that enter statistics, here and everywhere; None = all. A history takes all.
             eps: None = that of the config.
         Raises:
             UserError: no sample of any process has a score.
@@ -79,22 +79,24 @@ class Estimator:
         """
         a, rewards = self.config, score.values.double()
         valid = score.valid if valid is None else valid
-        scored = everywhere.values[everywhere.valid].double()
-        if not len(scored):
+        if not bool(everywhere.valid.any()):
             raise UserError(f"reward {name} could score no sample of the iteration; see its own messages")
         mean = std = 0.0 * rewards
         if self.history is not None:
             here, there = prompts
             self.history.update(there, everywhere.values.double(), everywhere.valid)
             mean, std = self.history.statistics(here)
-        counted = valid if stats_mask is None else valid & stats_mask
+        own, others = (None, None) if stats_mask is None else stats_mask
+        counted = valid if own is None else valid & own
         baseline: float | Tensor | None = mean if a.centre == "history" else None
         batch_mean = None
         if a.centre in ("batch", "ema"):
-            batch_mean = float(scored.mean()) if stats_mask is None else self._moments(rewards, counted, 0)[0]
-        if a.centre == "ema" and batch_mean is not None:
-            average = self.averages.get(name, RewardAverage(a.decay))
-            baseline, self.averages[name] = average.value(batch_mean), average.update(batch_mean)
+            known = everywhere.values[everywhere.valid if others is None else everywhere.valid & others].double()
+            batch_mean = float(known.mean()) if len(known) else 0.0
+            if a.centre == "ema":
+                average = self.averages.get(name, RewardAverage(a.decay))
+                baseline = average.value(batch_mean)
+                self.averages[name] = average.update(batch_mean) if len(known) else average
         virtual = (a.virtual, self.bounds[1]) if a.centre == "virtual_max" else (0, 0.0)
         kind: CentreKind = "given" if a.centre == "history" else a.centre
         centred = centre(
@@ -103,7 +105,7 @@ class Estimator:
             group,
             valid,
             num_groups,
-            stats_mask=stats_mask,
+            stats_mask=own,
             singleton=a.singleton,
             batch_mean=batch_mean,
             lengths=lengths,
@@ -114,7 +116,7 @@ class Estimator:
         if a.scale == "history":
             spread = std
         elif a.scale == "batch_std":
-            spread = batch_spread(everywhere, a.ddof) if stats_mask is None else self._moments(rewards, counted, a.ddof)[1]
+            spread = batch_spread(everywhere, a.ddof, others)
         elif a.scale == "batch_std_centred":
             spread = self._moments(centred, counted, a.ddof)[1]
         divisor: ScaleKind = "given" if a.scale == "history" else a.scale
@@ -127,7 +129,7 @@ class Estimator:
             num_groups,
             eps=a.eps if eps is None else eps,
             ddof=a.ddof,
-            stats_mask=stats_mask,
+            stats_mask=own,
             virtual=virtual,
             batch_std=spread,
             bounds=self.bounds,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from safetensors.torch import save
@@ -28,6 +28,9 @@ from flowrl.rollout_log import SavedRollout, load_rollouts, save_rollout
 from flowrl.tracking import explain_full_disk, refuse_full_folder, replace_file
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
+
+if TYPE_CHECKING:
+    from flowrl.engines.text import TextEngine
 
 __all__ = ["PairChoice", "PairCounts", "best_against_worst", "make_pairs", "pairs_from_base", "pairs_from_run", "sample_answers", "sample_rollouts"]
 
@@ -217,8 +220,8 @@ def _text_pairs(run_dir: Path, out: Path, images: bool, choice: PairChoice) -> P
 
 
 def sample_answers(trainer: Trainer, run_dir: Path, num_groups: int) -> None:
-    """`sample_rollouts` of a language model: the answers are kept as a run keeps them."""
-    iteration, engine = 0, trainer.engine
+    """`sample_rollouts` of a language model: the answers are kept as a run keeps them, and the allocator learns from their rewards as it does in a run."""
+    iteration, engine = 0, cast("TextEngine", trainer.engine)
     while num_groups > 0:
         iteration += 1
         indices = engine.groups(iteration)[:num_groups]
@@ -226,6 +229,8 @@ def sample_answers(trainer: Trainer, run_dir: Path, num_groups: int) -> None:
         with torch.no_grad():
             rolled_out, pending = engine.roll_out(prompts, indices, numbers, iteration)
         scores = join_scores([part.result() for part in pending])
+        nobody = torch.zeros(0, dtype=torch.int64)
+        engine.rounds.observe(engine.answers(rolled_out, scores, scores, (nobody, nobody), numbers, iteration))  # which may ask others more often next time
         with explain_full_disk(run_dir, next_step=_AGAIN):
             engine.save_rollout(run_dir, engine.keep(iteration, rolled_out, scores, prompts, numbers))
         num_groups -= len(indices)

@@ -28,16 +28,17 @@ class TextEstimate:
     Attributes:
         rollout, measured, forward, backward: tokens through the network: sampling; passes over finished answers that are not trained with (the reference,
             log-probabilities of the policy that sampled); all that go forward; and backward. None where the config does not say how many there are.
-        not_counted: why they are None, empty otherwise.
-        answers, scores: of an iteration. evaluation_answers, evaluation_tokens: of all evaluations.
+        not_counted: why they are None, empty otherwise. remarks: what else is not in the numbers.
+        answers, scores: of an iteration; None where the rewards or the answers themselves decide. evaluation_answers, evaluation_tokens: of all evaluations;
+            tokens None in an environment.
         prompt_tokens: of one prompt of the run.
     """
 
     method: str
     iterations: int
     prompts: int
-    answers: int
-    scores: int
+    answers: int | None
+    scores: int | None
     prompt_tokens: Spread
     max_new_tokens: int
     rollout: Spread | None
@@ -48,8 +49,9 @@ class TextEstimate:
     run_backward: int | None
     evaluations: int
     evaluation_answers: int
-    evaluation_tokens: int
+    evaluation_tokens: int | None
     not_counted: str
+    remarks: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,6 +84,29 @@ def uncounted(config: Config) -> str:
     return ""
 
 
+def _answers(config: Config) -> int | None:
+    """Answers that an iteration samples, at most."""
+    from flowrl.allocation import ALLOCATORS
+
+    if config.data.pairs is not None:
+        return 0
+    more = {part.name for part in (*config.allocation.samples, *config.shaping)} & {"hints", "reference_value"}
+    gathers = getattr(ALLOCATORS[config.allocation.name], "gathers", False)
+    unknown = more or gathers or config.token_credit.name == "segments"
+    return None if unknown else config.rollout.groups_per_iteration * config.rollout.group_size
+
+
+def _remarks(config: Config) -> tuple[str, ...]:
+    found = []
+    if config.generation.engine == "vllm":
+        found.append("vllm: what it evaluates again when its memory runs out is not counted, and neither are its own network and cache")
+    if config.environment is not None:
+        found.append("environment: an answer is an episode of several turns, whose tokens are not estimated; nor are those of evaluations")
+    if config.pairing.guide is not None:
+        found.append("pairing.guide: what the second model evaluates is not counted")
+    return tuple(found)
+
+
 def passes_of(config: Config) -> tuple[bool, bool]:
     """Whether an iteration has a pass over all answers by (the policy that sampled, the reference), before it trains."""
     from flowrl.engines.text import TextEngine
@@ -98,6 +123,8 @@ def passes_of(config: Config) -> tuple[bool, bool]:
     needs = frozenset[str]().union(*(part.needs for part in (*shapers, credit, *factors, make_objective(config), *make_terms(config))))
     if config.kl.weight > 0 and config.kl.place == "reward":
         needs |= {"log_prob", "reference"}
+    if config.old_policy is not None and config.old_policy.rollout:
+        needs |= {"log_prob"}
     g = config.generation
     if g.engine != "transformers" or g.importance not in (None, "none") or config.value is not None:
         needs |= {"log_prob"}
@@ -112,8 +139,8 @@ def estimate_text(config: Config) -> TextEstimate:
     """
     from flowrl.policies.prompt_lengths import prompt_lengths
 
-    reason, e = uncounted(config), config.evaluation
-    groups, size, iterations = config.rollout.groups_per_iteration, config.rollout.group_size, config.training.iterations
+    reason, e, answers = uncounted(config), config.evaluation, _answers(config)
+    groups, iterations = config.rollout.groups_per_iteration, config.training.iterations
     splits = {name: load_prompts(path) for name, path in config.data.eval.items()}
     of_splits = {name: prompt_lengths(config.model.path, prompts) for name, prompts in splits.items()}
     lengths: dict[int, int] = {}
@@ -129,13 +156,12 @@ def estimate_text(config: Config) -> TextEstimate:
     longest = config.generation.max_new_tokens - 1
     counts = [(number, times * (1 + len(e.compare_guidance_scales) * (times == 2))) for number, times in ((e.final_num_images, 2), (e.num_images, between))]
     evaluated = sum(times * (known[i % len(known)] + longest) for known in of_splits.values() for number, times in counts for i in range(number))
-    turns = config.environment is not None
     return TextEstimate(
         method=config.method,
         iterations=iterations,
         prompts=groups,
-        answers=0 if config.data.pairs is not None else groups * size,
-        scores=0 if config.data.pairs is not None else groups * size * len(config.rewards),
+        answers=answers,
+        scores=None if answers is None else answers * len(config.rewards),
         prompt_tokens=Spread.of(lengths.values() or [length for known in of_splits.values() for length in known]),
         max_new_tokens=config.generation.max_new_tokens,
         rollout=Spread.of(parts[0] for parts in spent) if spent else None,
@@ -146,8 +172,9 @@ def estimate_text(config: Config) -> TextEstimate:
         run_backward=sum(backward) if spent else None,
         evaluations=2 + between,
         evaluation_answers=len(splits) * sum(number * times for number, times in counts),
-        evaluation_tokens=0 if turns else evaluated,
+        evaluation_tokens=None if config.environment is not None else evaluated,
         not_counted=reason,
+        remarks=_remarks(config),
     )
 
 
@@ -182,8 +209,8 @@ def token_lines(expected: TextEstimate) -> tuple[list[tuple[str, ...]], list[str
     """(rows of a table under `TOKEN_HEAD`, notes)."""
     iterations = expected.iterations
 
-    def plain(name: str, each: int) -> tuple[str, ...]:
-        return name, f"{each:,}", f"{each * iterations:,}"
+    def plain(name: str, each: int | None) -> tuple[str, ...]:
+        return (name, "-", "-") if each is None else (name, f"{each:,}", f"{each * iterations:,}")
 
     def line(name: str, spread: Spread) -> tuple[str, ...]:
         shown = f"{spread.mean:,.0f}" if spread.least == spread.most else f"{spread.mean:,.0f} ({spread.least:,.0f} .. {spread.most:,.0f})"
@@ -204,4 +231,6 @@ def token_lines(expected: TextEstimate) -> tuple[list[tuple[str, ...]], list[str
     ]
     if expected.not_counted:
         notes.append(f"tokens of an iteration are not estimated: {expected.not_counted}")
-    return rows, notes
+    if expected.answers is None:
+        notes.append("-: how many answers are sampled and scored is decided on the way")
+    return rows, [*notes, *expected.remarks]

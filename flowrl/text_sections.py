@@ -124,7 +124,7 @@ class PairingConfig(Section):
 
     rule: Literal["best_worst", "best_random", "all", "threshold", "random", "levels"] = Field("best_worst", description="see flowrl/core/pairing_rules.py")
     threshold: NonNegativeFloat = Field(0.0, description="rule threshold: rewards of a pair differ by more than this")
-    cap: PositiveInt | None = Field(None, description="most pairs of a group, drawn; null = all, or 1 with rule random; no effect on the rules best_*")
+    cap: PositiveInt | None = Field(None, description="most pairs of a group, drawn; null = all, or 1 with rule random; refused with best_*")
     levels: tuple[Float, ...] = Field((), description="rule levels, and trpa: falling rewards; from the first upwards is level 1, from the second level 2, ...")
     skip_shared: Flag = Field(False, description="only what follows after the tokens that both answers begin with counts: pairs of turns or steps (REFUEL)")
     guide: GuideConfig | None = None

@@ -20,6 +20,7 @@ from torch import Tensor
 from flowrl.checkpoint import random_state, restore_random_state
 from flowrl.config import Config
 from flowrl.core.advantages import group_statistics
+from flowrl.dealing import dealt
 from flowrl.engines import engine_of
 from flowrl.engines.base import Assigned, Engine, RolledOut, Setting
 from flowrl.evaluation import build_rewards
@@ -28,7 +29,7 @@ from flowrl.meters import Meters
 from flowrl.optimizers import make_optimizer
 from flowrl.policies.base import NetworkRows
 from flowrl.policies.ema import Ema, OldPolicy
-from flowrl.policies.families import make_policy
+from flowrl.policies.families import family_of, make_policy
 from flowrl.processes import check_agreement, make_accelerator
 from flowrl.reward_metrics import check_valid, join_scores, reward_metrics
 from flowrl.reward_weights import RewardWeights
@@ -120,6 +121,8 @@ class Trainer:
         if config.objective.name in DIRECT_OBJECTIVES:
             rewards.require_differentiable()
         eval_rewards = build_rewards(config.evaluation.rewards, share=config.rewards, of=rewards) if config.evaluation.rewards else rewards
+        for each in (rewards, eval_rewards):
+            each.require_medium(family_of(config.model).medium)
         if not self.samples_stored:
             rewards.check_prompts(self.prompts)
         for split in self.splits.values():
@@ -145,7 +148,8 @@ class Trainer:
         rows = self.policy.rows
         before, idle_before = replace(rows), self.idle_rows
         indices = self.engine.groups(iteration)
-        mine = list(range(self.accelerator.process_index, len(indices), self.accelerator.num_processes))
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
+        mine = dealt(len(indices), place, self.config.objective.updates_per_iteration)
         prompts = [self.prompts[indices[g]] for g in mine]
         rolled_out, pending = self.engine.roll_out(prompts, [indices[g] for g in mine], mine, iteration)
         sampled = time.perf_counter()
@@ -254,7 +258,8 @@ class Trainer:
     def split(self, unit_group: Tensor, numbers: list[int], key: tuple[int, int]) -> list[Tensor]:
         """Units of each update. A group's units are dealt out in an order that follows from the group's number, not from the process.
 
-        An update may have no units here; it is made all the same if another process has some, see `step`.
+        Which groups a process has is `dealt` so that the units of an update are spread over the processes. An update may have no units here; it is made all
+        the same if another process has some, see `step`.
         """
         num_updates = self.config.objective.updates_per_iteration
         if num_updates == 1:

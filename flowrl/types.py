@@ -198,7 +198,6 @@ class Completions:
         texts: length B, decoded without special tokens.
         turn: [B, T] int64, the turn of an agent that a token belongs to; None = there is one.
         ancestors: [B, D] int64, the tree node that each answer passes at each depth, numbered over all groups; None = no tree.
-        forward_tokens: positions evaluated while sampling: a prompt once for all answers that share its cache, then one for each further token.
     """
 
     prompt_tokens: tuple[Tensor, ...]
@@ -211,7 +210,6 @@ class Completions:
     texts: tuple[str, ...]
     turn: Tensor | None = None
     ancestors: Tensor | None = None
-    forward_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.length)

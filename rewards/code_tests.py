@@ -147,7 +147,8 @@ class CodeTests:
         self._pool.close()
 
     def score(self, batch: SampleBatch) -> Scores:
-        """values [B] float32 in [0, 1]; raw [B] float32: "code_tests_passed", the share, also with all_or_nothing; "code_tests_code_found", 0 or 1.
+        """values [B] float32 in [0, 1]; raw [B] float32: "code_tests_passed", the share, also with all_or_nothing; "code_tests_code_found", 0 or 1;
+        "code_tests_refused", 1 where the program tried a file outside of its folder, the network, a process or the like, which the sandbox refuses.
 
         Raises:
             UserError: no texts, or a prompt without usable metadata `tests`.
@@ -161,14 +162,16 @@ class CodeTests:
         limits = (self.timeout_s, self.memory_mb, self._confine)
         tasks: list[tuple[Any, ...]] = [(program, its_tests, *limits) for program, its_tests in zip(programs, tests, strict=True) if program is not None]
         outcomes = iter(self._pool.map(tasks))
-        nothing = Outcome({"problem": None, "passed": [False]})
+        nothing = Outcome({"problem": None, "passed": [False], "refused": False})
         results = [nothing if program is None else next(outcomes) for program in programs]
         problems = {i: problem for i, result in enumerate(results) if (problem := result.problem or result.value["problem"]) is not None}
         shares = [math.nan if i in problems else sum(result.value["passed"]) / len(result.value["passed"]) for i, result in enumerate(results)]
         passed = torch.tensor(shares, dtype=torch.float32)
         values = torch.where(passed.isnan(), passed, (passed == 1).float()) if self.all_or_nothing else passed.clone()
         found = torch.tensor([float(program is not None) for program in programs])
-        return Scores(values, ~values.isnan(), {"code_tests_passed": passed, "code_tests_code_found": found}, problems)
+        refused = torch.tensor([math.nan if i in problems else float(result.value["refused"]) for i, result in enumerate(results)])
+        raw = {"code_tests_passed": passed, "code_tests_code_found": found, "code_tests_refused": refused}
+        return Scores(values, ~values.isnan(), raw, problems)
 
     def _tests_of(self, prompt: Prompt) -> list[tuple[str, bool]]:
         tests = prompt.metadata.get("tests")

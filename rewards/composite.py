@@ -143,6 +143,20 @@ class WeightedRewards:
                 except UserError as error:
                     raise UserError(f"reward {name}: {_reason(name, error)}") from error
 
+    def require_medium(self, made: str) -> None:
+        """Refuse, before anything is loaded, a reward of pictures in a run of text, or of text in a run of pictures.
+
+        Args:
+            made: what the model makes, "images" or "text".
+        Raises:
+            UserError: a reward looks at the other one alone.
+        """
+        here, other = ("texts", "images") if made == "text" else ("images", "texts")
+        for name, _, reward, *_ in self._entries:
+            if other in reward.info.reads and here not in reward.info.reads:
+                what = "pictures, and a language model answers in text" if made == "text" else "texts, and an image generator makes pictures"
+                raise UserError(f"reward {name} judges {what}; choose another one from `flowrl rewards` (one of your own says `reads` in its info)")
+
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Load every reward; called once before the first ``score``.
 

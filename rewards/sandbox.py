@@ -55,6 +55,7 @@ def run_tests(
     Returns:
         "passed": list of bool, one per counted test; a test that never ran has not passed. "problem": None, or why the sandbox itself failed, and then nothing
         may be concluded about the candidate. "ended": "done", or how it ended before the last test: "timed out", "flooded the output" or "exit code N".
+        "refused": whether the audit hook refused it a file, the network, a process or the like.
     """
     nonce = secrets.token_hex(16)
     layers = {"confine": confine, "audit": audit, "inspect": inspect}
@@ -126,7 +127,7 @@ def _read(descriptor: int, deadline: float) -> tuple[bytes, str]:
 
 def _reply(output: bytes, nonce: str, num_tests: int, ended: str) -> dict[str, Any]:
     """What the lines that carry the nonce say; all others are the candidate's."""
-    passed, errors, started, problem = [False] * num_tests, [], False, None
+    passed, errors, started, refused, problem = [False] * num_tests, [], False, False, None
     for line in output.decode("utf-8", "replace").splitlines():
         word, _, rest = line.partition(" ")
         if word != nonce:
@@ -136,6 +137,8 @@ def _reply(output: bytes, nonce: str, num_tests: int, ended: str) -> dict[str, A
             started = True
         elif kind == "passed":
             passed[int(value)] = True
+        elif kind == "refused":
+            refused = True
         elif kind == "error":
             errors.append(value)
         elif kind == "done":
@@ -144,4 +147,4 @@ def _reply(output: bytes, nonce: str, num_tests: int, ended: str) -> dict[str, A
             problem = value
     if not started and problem is None:
         problem = f"the sandbox did not start: {ended}"
-    return {"passed": passed, "problem": problem, "ended": ended, "errors": errors}
+    return {"passed": passed, "problem": problem, "ended": ended, "errors": errors, "refused": refused}

@@ -130,9 +130,13 @@ _REFUSED = (
 )
 
 
-def _make_hook(folder: str, libraries: tuple[str, ...]) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook. It keeps everything that it uses in its own scope, out of reach of what the candidate can rename."""
-    string, listing = str, ("os.listdir", "os.scandir")
+def _make_hook(folder: str, libraries: tuple[str, ...], refused: Callable[[], None] = lambda: None) -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook. It keeps everything that it uses in its own scope, out of reach of what the candidate can rename.
+
+    Args:
+        refused: called whenever a file, the network, a process or the like is refused; frames and modules that honest libraries try first do not count.
+    """
+    string, denied, listing = str, PermissionError, ("os.listdir", "os.scandir")
     hidden = ("ctypes", "_ctypes", "_posixsubprocess", "_xxsubinterpreters", "_interpreters", "_testcapi", "_testinternalcapi")
     written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -146,7 +150,7 @@ def _make_hook(folder: str, libraries: tuple[str, ...]) -> Callable[[str, tuple[
         place = "/" + "/".join(parts)
         return any(place == top or place[: len(top) + 1] == top + "/" for top in tops)
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def judge(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("exec", "compile", "marshal.loads", "builtins.id"):
             return
         if event == "import":
@@ -177,6 +181,13 @@ def _make_hook(folder: str, libraries: tuple[str, ...]) -> Callable[[str, tuple[
         for prefix in _REFUSED:
             if event[: len(prefix)] == prefix:
                 raise PermissionError(f"the sandbox refuses {event}")
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            judge(event, arguments)
+        except denied:
+            refused()
+            raise
 
     return hook
 
@@ -237,8 +248,15 @@ def _run(spec: dict[str, Any], report: Callable[[str], None], libraries: tuple[s
     module = types.ModuleType("candidate")
     module.__dict__["__builtins__"] = sys.modules["builtins"]  # else exec would hand it ours
     sys.modules["candidate"] = sys.modules["__main__"] = module
+    told: list[bool] = []
+
+    def refused() -> None:
+        if not told:
+            told.append(True)
+            report("refused")
+
     if spec["audit"]:
-        sys.addaudithook(_make_hook(str(Path.cwd()), libraries))
+        sys.addaudithook(_make_hook(str(Path.cwd()), libraries, refused))
     report("started")
     try:
         exec(compile(source, "<candidate>", "exec"), module.__dict__)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flowrl.config import Config, Method, list_methods
-from flowrl.core.preference import PAIR_OBJECTIVES
-from flowrl.text_sections import EntropyConfig
+from flowrl.config import Method, list_methods
+from flowrl.method_parts import PLAIN, parts_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "text_methods.md"
 HEAD = """\
@@ -26,26 +25,13 @@ One iteration: prompts by `allocation`; answers by `generation` (one by one, as 
 COLUMNS = ("method", "paper", "centre / scale", "ratio", "objective", "reduction", "KL", "else")
 
 
-def _else(config: Config) -> str:
-    named = {"shaping": config.shaping, "tokens": config.tokens.weights, "from elsewhere": config.allocation.samples}
-    found = [f"{title}: {', '.join(part.name for part in parts)}" for title, parts in named.items() if parts]
-    if config.token_credit.name != "answer":
-        found.append(f"credit: {config.token_credit.name}")
-    if config.allocation.name != "uniform":
-        found.append(f"allocation: {config.allocation.name}")
-    if config.objective.name in PAIR_OBJECTIVES:
-        found.append(f"pairs: {config.pairing.rule}")
-    found += [name for name in ("value", "tree", "environment", "partial") if getattr(config, name) is not None]
-    return "; ".join([*found, *(["entropy"] if config.entropy != EntropyConfig() else [])])
-
-
 def _row(name: str, method: Method) -> str:
-    config = Config.model_validate({"run_dir": "run", "rewards": ["any"], **method.config})
-    o, a, kl = config.objective, config.advantage, config.kl
+    parts = parts_of(method)
     paper = re.search(r"arXiv:(\d{4}\.\d{4,5})", method.paper)
     link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else method.paper
-    price = f"{kl.weight:g} {kl.form}{' in the reward' if kl.place == 'reward' else ''}" if kl.weight else ""
-    return "| " + " | ".join((name, link, f"{a.centre} / {a.scale}", o.ratio, o.name, o.reduction, price, _else(config))) + " |"
+    rest = "; ".join(f"{part}: {parts[part]}" for part, plain in PLAIN.items() if parts[part] != plain)
+    price = "" if parts["KL"] == "none" else parts["KL"]
+    return "| " + " | ".join((name, link, f"{parts['centre']} / {parts['scale']}", parts["ratio"], parts["objective"], parts["reduction"], price, rest)) + " |"
 
 
 def page() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from test_checkpoint import last_state, remains
 from test_distributed import read
+from text_processes import METHODS, build_cases, iterated
 from text_runs import text_config
 from toys import Launcher, run_two
 
@@ -50,6 +52,11 @@ folder = Path(sys.argv[1])
 sys.path.insert(0, str(folder))
 for name, overrides in json.loads(sys.argv[2]).items():
     train(text_config(folder / name, *overrides))
+import torch
+from text_processes import METHODS, iterated
+sys.path.insert(0, str(folder / "methods"))
+for name in METHODS:
+    torch.save(iterated(folder / "methods", name), folder / f"{name}.{torch.distributed.get_rank()}.pt")
 """
 
 
@@ -63,6 +70,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name in CASES:
         prepare(folder / name, folder)
+    (folder / "methods").mkdir()
+    build_cases(folder / "methods")
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(folder / "script.py"), str(folder), json.dumps({name: overrides(name, folder) for name in CASES})]
     done = run_two(command)
@@ -83,9 +92,11 @@ def prepare(folder: Path, shared: Path) -> None:
 def alone(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for runs of this process."""
     monkeypatch.syspath_prepend(str(two))
+    monkeypatch.syspath_prepend(str(two / "methods"))
     prepare(tmp_path, two)
     yield tmp_path
-    sys.modules.pop("letters", None)
+    for name in ("letters", "places"):
+        sys.modules.pop(name, None)
 
 
 def newest(run: Path, config: Config) -> dict[str, Any]:
@@ -125,6 +136,65 @@ def test_two_processes_train_as_one_does(two: Path, alone: Path, name: str) -> N
     for iteration in (0, ITERATIONS):
         answers = Path("samples") / f"iteration_{iteration:06d}" / "eval.jsonl"
         assert (one / answers).read_bytes() == (run / answers).read_bytes()
+
+
+def made_by(two: Path, name: str, rank: int) -> dict[str, Any]:
+    """What `iterated` gave on one of the two processes."""
+    found: dict[str, Any] = torch.load(two / f"{name}.{rank}.pt", weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_kind_of_method_trains_on_two_processes_as_on_one(two: Path, alone: Path, name: str) -> None:
+    ours, theirs, others = iterated(two / "methods", name), made_by(two, name, 0), made_by(two, name, 1)
+    assert distance(ours["after"], ours["before"]) > 1e-3
+    assert distance(ours["after"], theirs["after"]) < 1e-5 and distance(theirs["after"], others["after"]) < 1e-6
+    for m, other in zip(ours["metrics"], theirs["metrics"], strict=True):
+        assert list(m) == list(other)
+        for key, value in m.items():
+            assert other[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), key
+        assert m["nfe/used"] == m["nfe/minimum"] == other["nfe/used"] == other["nfe/minimum"]  # nobody keeps company without work of its own
+    assert_alike(ours["engine"], theirs["engine"])
+
+
+def assert_alike(ours: Any, theirs: Any) -> None:
+    """The same state, to rounding."""
+    if isinstance(ours, torch.Tensor):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-3, atol=1e-4)
+    elif isinstance(ours, dict | list | tuple):
+        assert len(ours) == len(theirs) and type(ours) is type(theirs)
+        if isinstance(ours, dict):
+            assert list(ours) == list(theirs)
+        for a, b in zip(*((one.values() if isinstance(one, dict) else one) for one in (ours, theirs)), strict=True):
+            assert_alike(a, b)
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-3, abs=1e-5) if isinstance(ours, float) else theirs)
+
+
+def test_the_cases_are_what_they_are_there_for(two: Path) -> None:
+    """Groups that were carried over are trained, some have one answer, hints help, episodes have turns, there are pairs."""
+    metrics = {name: made_by(two, name, 0)["metrics"] for name in METHODS}
+    assert [m["answer/trained"] for m in metrics["dapo"]] == [1.0, 1.0] and metrics["dapo"][1]["tokens/sampled"] == 0  # 9 groups, 3 of them needed
+    assert max(m["groups/singletons"] for m in metrics["xrpo"]) > 0 and max(m["groups/singletons"] for m in metrics["knapsack_rl"]) > 0
+    assert max(m["groups/helped"] for m in metrics["guide_grpo"]) > 0
+    assert max(m["episode/turns"] for m in metrics["gigpo"]) > 1
+    assert all(m["pair/count"] > 0 for m in metrics["dpo"])
+
+
+def test_answers_go_to_nobody_but_the_process_that_trains_them(two: Path) -> None:
+    """Of all groups the processes tell each other rewards. Order n was sampled by process n mod 2; of three groups process 0 trains the first."""
+    for name in ("dapo", "xrpo", "remix"):
+        for rank in (0, 1):
+            assert not any(b"Completions" in value for value in made_by(two, name, rank)["sent"].gathered)
+    sent = [made_by(two, "dapo", rank)["sent"] for rank in (0, 1)]
+    facts = {number: rewards for one in sent for number, (rewards, _) in pickle.loads(one.gathered[0]).items()}
+    useful = [number for number in range(9) if len(set(facts[number].tolist())) > 1]
+    assert len(useful) >= 6
+    for rank in (0, 1):  # two iterations of three groups
+        moved = [place for chosen in (useful[:3], useful[3:6]) for place, number in enumerate(chosen) if number % 2 == rank != min(place, 1)]
+        assert sent[rank].groups == moved
+    assert any(one.groups for one in sent)
 
 
 @pytest.mark.parametrize("name", ["lora", "lora sharded"])

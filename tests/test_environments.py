@@ -58,7 +58,7 @@ def scripted(*scripts: list[str], contexts: list[list[str]] | None = None, cut: 
                 said.append(text)
         assert len(said) == len(given)
         tokens = [torch.tensor(encode(text) + [END] * (text not in cut)) for text in said]
-        return Actions(tokens, [torch.full((len(row),), -0.5) for row in tokens], [text not in cut for text in said], forward_tokens=sum(map(len, given)))
+        return Actions(tokens, [torch.full((len(row),), -0.5) for row in tokens], [text not in cut for text in said])
 
     return act
 
@@ -297,7 +297,6 @@ def test_the_tokens_of_policy_and_environment_alternate() -> None:
     assert torch.equal(done.log_prob, torch.where(done.mask, -0.5, 0.0))
     assert (done.length.tolist(), done.finished.tolist(), done.group.tolist()) == ([17, 4], [True, True], [0, 0])
     assert done.texts == ("calc 9*4 36 #36", "#35")
-    assert done.forward_tokens == sum(len(context) for turn in contexts for context in turn) + 1  # the end token that decode leaves out
     assert [decode(row.tolist()).strip() for row in done.prompt_tokens] == [text]
     assert (done.tokens.dtype, done.log_prob.dtype, done.length.dtype, done.group.dtype) == (torch.int64, torch.float32, torch.int64, torch.int64)
     assert episodes.step_rewards.tolist() == [[0, 1], [0, 0]]
@@ -323,7 +322,7 @@ def test_all_that_are_not_over_are_asked_in_one_call_a_turn() -> None:
     episodes = play(Calculator, [PROBLEM, PROBLEM], [1, 2], act=act)
     assert asked == [3, 2, 1]
     assert episodes.present.sum(1).tolist() == [3, 1, 2]
-    assert (episodes.completions.group.tolist(), episodes.completions.forward_tokens) == ([0, 1, 1], 0)
+    assert episodes.completions.group.tolist() == [0, 1, 1]
     assert len(episodes.completions.prompt_tokens) == 2
 
 

@@ -171,10 +171,10 @@ def test_samples_from_elsewhere_are_compared_and_not_counted() -> None:
     group = torch.zeros(4, dtype=torch.int64)
     values = [0.0, 1.0, 5.0, 2.0]
     for centre in ("group", "batch"):
-        assert estimate(Estimator(settings(centre, "none")), values, group, stats_mask=own).tolist() == [-1.0, 0.0, 4.0, 1.0]
+        assert estimate(Estimator(settings(centre, "none")), values, group, stats_mask=(own, own)).tolist() == [-1.0, 0.0, 4.0, 1.0]
     std = (2 / 3) ** 0.5
     for scale in ("batch_std", "batch_std_centred", "group_std"):
-        found = estimate(Estimator(settings("group", scale, eps=1e-12)), values, group, stats_mask=own)
+        found = estimate(Estimator(settings("group", scale, eps=1e-12)), values, group, stats_mask=(own, own))
         assert found.tolist() == pytest.approx([-1 / std, 0.0, 4 / std, 1 / std])
 
 
@@ -186,7 +186,7 @@ def test_two_processes_find_what_one_finds(centre: str, scale: str, masked: bool
     lengths = torch.tensor([3, 1, 2, 2, 5, 1, 1, 4])
     mask = torch.tensor([True, True, True, False, True, True, True, True]) if masked else None
     whole = Estimator(config, bounds=BOUNDS)
-    expected = [estimate(whole, values, lengths=lengths, stats_mask=mask) for values in (REWARDS, REWARDS.flip(0))]
+    expected = [estimate(whole, values, lengths=lengths, stats_mask=mask if mask is None else (mask, mask)) for values in (REWARDS, REWARDS.flip(0))]
 
     def of_part(part: slice, add: Callable[[float], float]) -> list[Tensor]:
         estimator = Estimator(config, add, BOUNDS)
@@ -194,7 +194,7 @@ def test_two_processes_find_what_one_finds(centre: str, scale: str, masked: bool
         for values in (REWARDS, REWARDS.flip(0)):
             here, group = scores(values[part]), GROUP[part] - GROUP[part][0]
             prompts = (PROMPTS[part], PROMPTS)
-            more = {"lengths": lengths[part], "stats_mask": None if mask is None else mask[part]}
+            more = {"lengths": lengths[part], "stats_mask": None if mask is None else (mask[part], mask)}
             found.append(estimator(here, scores(values), group, int(group.max()) + 1, prompts=prompts, **more))
         return found
 

@@ -31,6 +31,9 @@ class Cache:
     def batch_select_indices(self, rows: Tensor) -> None:
         self.rows = len(rows)
 
+    def move_right(self, by: Tensor) -> None:
+        assert len(by) == self.rows
+
 
 class Chain:
     """Logits that depend on the last token alone; it keeps a record of what it was asked."""
@@ -45,22 +48,19 @@ class Chain:
     def new_cache(self) -> Any:
         return Cache()
 
-    def next_logits(self, token: Tensor, mask: Tensor, positions: Tensor, cache: Cache, real: int) -> Tensor:
+    def next_logits(self, token: Tensor, mask: Tensor, positions: Tensor, cache: Cache, real: int, last: Tensor | None = None) -> Tensor:
         assert cache.rows in (0, len(token))
         cache.rows = len(token)
         assert torch.equal(positions[:, -1] + 1, mask.sum(1)) or not bool(mask[:, -1].all())
         self.calls.append((len(token), token.shape[1]))
         self.tokens += real
-        return self.logits[token[:, -1]]
+        return self.logits[token[:, -1] if last is None else token.gather(1, last[:, None])[:, 0]]
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         return ["".join(LETTERS[number] for number in text if number not in (PAD, END)) for text in tokens]
 
     def in_parts(self, count: int, work: Callable[[slice], Tensor]) -> Tensor:
         return torch.cat([work(slice(start, min(count, start + self.at_once))) for start in range(0, count, self.at_once)])
-
-    def counted(self) -> int:
-        return self.tokens
 
 
 def chain(**likely: str) -> Chain:
@@ -236,16 +236,16 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 
 def test_a_prompt_is_read_once_for_its_group_and_finished_rows_leave():
     model = chain(a="b", b="c", c="d", d="$", e="$")
-    found = said(model, ["aaa", "e"], [2, 6])
+    said(model, ["aaa", "e"], [2, 6])
     assert model.calls == [(2, 3), (2, 1), (2, 1), (2, 1)]  # both prompts; then the six answers to e have ended with their first token
-    assert found.forward_tokens == model.tokens == (3 + 1) + 3 * 2
+    assert model.tokens == (3 + 1) + 3 * 2
 
 
 def test_rows_wait_until_enough_have_finished_and_are_not_counted_meanwhile():
     model = chain(a="b", b="c", c="d", d="$", e="$")
     found = said(model, ["a", "e"], [7, 1])
     assert [rows for rows, _ in model.calls] == [2, 8, 8, 8]
-    assert found.forward_tokens == 2 + 3 * 7 and found.length.tolist() == [4] * 7 + [1]
+    assert model.tokens == 2 + 3 * 7 and found.length.tolist() == [4] * 7 + [1]
 
 
 def test_equal_prefixes_of_a_group_are_read_once():
@@ -275,7 +275,7 @@ def test_the_cache_holds_what_that_of_transformers_holds_without_copying_it_for_
 
 def test_nothing_to_say_is_no_error():
     found = said(chain(a="b"), ["a"], [0])
-    assert len(found) == 0 and found.tokens.shape == (0, 1) and found.texts == () and found.forward_tokens == 0
+    assert len(found) == 0 and found.tokens.shape == (0, 1) and found.texts == ()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from flowrl.config import Config
 from flowrl.estimate import Spread
 from flowrl.memory_estimate import estimate_memory
 from flowrl.policies.prompt_lengths import prompt_lengths
-from flowrl.text_estimate import estimate_text, uncounted
+from flowrl.text_estimate import estimate_text, token_lines, uncounted
 from flowrl.trainer import Trainer
 from flowrl.types import UserError
 
@@ -35,6 +35,7 @@ CASES = {
     "a reference": ["kl={weight: 0.05, form: k3}", "objective.updates_per_iteration=2"],
     "log-probabilities of all": ["kl={weight: 0.05, form: k1, place: reward}", "token_credit={name: token_returns}", "objective.updates_per_iteration=2"],
     "values": ["method=ppo"],
+    "an old policy that samples": ["old_policy={rollout: true, every: 2, decay_slope: 0.0}"],
     "whole groups": ["method=gvpo", "objective.updates_per_iteration=2"],
 }
 
@@ -94,6 +95,33 @@ def test_what_does_not_follow_from_a_config_is_said(tmp_path: Path, overrides: l
     config = config_of(tmp_path, *overrides)
     assert uncounted(config).startswith(reason) and bool(uncounted(config)) == bool(reason)
     assert (estimate_text(config).forward is None) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answers", "notes"),
+    [
+        (["method=dapo", "objective.updates_per_iteration=1"], None, ["-: how many answers are sampled and scored is decided on the way"]),
+        (["method=spo"], None, ["-: how many answers"]),
+        (["method=knapsack_rl", "allocation.args.warmup=0"], 12, []),
+        (["generation.engine=vllm"], 12, ["vllm: what it evaluates again when its memory runs out is not counted, and neither are its own network and cache"]),
+        (
+            ["method=gigpo", "environment={name: guess}", "rewards=[episode]"],
+            12,
+            ["environment: an answer is an episode of several turns, whose tokens are not estimated; nor are those of evaluations"],
+        ),
+        (["method=tgdpo", "pairing.guide={path: 'flowrl:tiny-lm'}"], 12, ["pairing.guide: what the second model evaluates is not counted"]),
+    ],
+)
+def test_what_is_not_in_the_numbers_is_said(tmp_path: Path, overrides: list[str], answers: int | None, notes: list[str]) -> None:
+    expected = estimate_text(config_of(tmp_path, "rollout={groups_per_iteration: 3, group_size: 4}", *overrides))
+    assert expected.answers == answers and expected.scores == answers
+    rows, said = token_lines(expected)
+    for note in notes:
+        assert any(line.startswith(note) for line in said), said
+    assert len(expected.remarks) == len(notes) - (answers is None)
+    by_name = {row[0]: row[1:] for row in rows}
+    assert by_name["answers"] == (("-", "-") if answers is None else ("12", "24"))
+    assert ("evaluation tokens" in by_name) == ("method=gigpo" not in overrides)
 
 
 def test_the_command_prints_tokens_memory_and_seconds_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

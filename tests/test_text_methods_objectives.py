@@ -415,12 +415,14 @@ def test_bapo_searches_with_the_shares_of_the_iteration_before(configure: Config
     assert (objective.low, objective.high) == (0.8, 1.2)  # as much up as down: the first candidate
     objective(batch_of(answers, old, old, signs, first=True))  # its ratios are 1 and are not asked
     objective(batch_of(answers, log_prob, old, signs))
+    objective.finish(answers)
     state = objective.state_dict()
     # left of P = 2.4: 1.1 until high 1.35 holds 1.3; left of N = 1.85: all until low 0.9 drops 0.85
     objective.begin(answers, torch.tensor([[1.0, 1.0], [-0.8, -0.8]]))
     assert objective.all.tolist() == pytest.approx([2.4, 1.85])
     # P / N: (0.8, 1.2) 2 * 1.1 / 2.4 = 0.917 against 1.6 -> below 1; (0.9, 1.2) 0.917 against 1.6 / 1.85 = 0.865 -> enough
     assert (objective.low, objective.high) == (0.9, 1.2)
+    objective.finish(answers)
     objective.begin(answers, torch.tensor([[0.0, 1.0], [-1.0, -1.0]]))
     assert (objective.low, objective.high) == (0.9, 1.5)  # there was no update after the first: all shares are 1, and 1 < 2 everywhere
     again = Bapo(configure("bapo", f"objective.args={args}"))

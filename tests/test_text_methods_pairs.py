@@ -292,7 +292,7 @@ def test_swapped_pairs_have_the_opposite_gradient_at_the_reference(folder: Path)
         ("copg_group", (), "copg", (), 1.0),  # k = 2: (R'_1 - R'_2)^2
         (
             "self_improving_rpo",
-            ("objective.args={alpha: 1}",),
+            ("objective.args={alpha: 1}", "pairing.revision=Improve your answer."),
             "inpo",
             ("objective={beta: 0.1, args: {reference_share: 1}, updates_per_iteration: 1}",),
             0.1**2,
@@ -480,9 +480,7 @@ def test_nash_mp_has_two_anchors(folder: Path) -> None:
     config = sampled(folder, "nash_mp", "kl.weight=0.3", "anchor.weight=0.15")
     generator = torch.Generator().manual_seed(0)
     now, reference, lagged = (torch.randn(3, 4, generator=generator) for _ in range(3))
-    batch: Any = SimpleNamespace(
-        decisions=SimpleNamespace(log_prob=now), token=lambda name: reference, of=lambda values: values, answers=SimpleNamespace(extra={"lagged": lagged})
-    )
+    batch: Any = SimpleNamespace(decisions=SimpleNamespace(log_prob=now), token={"reference": reference, "lagged": lagged}.__getitem__)
     total = KlTerm(config)(batch)[0] + AnchorTerm(config)(batch)[0]
     torch.testing.assert_close(total, nash_mp_penalty(now, reference, lagged, beta=0.3, eta=2.0))
     trainer = Trainer(sampled(folder, "nash_mp", "optimizer.learning_rate=0.01"))

@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["batch_standardised", "gate", "hypervolume", "hypervolume_gain", "influences", "meta_reward", "mirror_descent", "pareto_front"]
 
 
-def gate(values: Tensor, satisfied: Tensor, group: Tensor, valid: Tensor, num_groups: int) -> Tensor:
+def gate(values: Tensor, satisfied: Tensor, group: Tensor, valid: Tensor, num_groups: int, *, counted: Tensor | None = None) -> Tensor:
     """Put samples that break a constraint below the samples of their group that keep it.
 
     In each group with both kinds a violating sample gets  min - spread,  where min is the least value of the satisfying samples and spread = max - min of
@@ -27,10 +27,12 @@ def gate(values: Tensor, satisfied: Tensor, group: Tensor, valid: Tensor, num_gr
 
     Args:
         values: [B] float; rewards or advantages. satisfied, valid: [B] bool. group: [B] int64 in 0..P-1.
+        counted: [B] bool, samples that others are compared with; None = all. The others do not say what min and max are.
     Returns:
         [B]; unchanged in groups where no valid sample, or every one, keeps the constraint, so that nothing is learnt about the constraint from those.
     """
     good, bad = valid & satisfied, valid & ~satisfied
+    good = good if counted is None else good & counted
     low = torch.full((num_groups,), torch.inf, dtype=values.dtype).scatter_reduce_(0, group, torch.where(good, values, torch.inf), "amin")
     high = torch.full((num_groups,), -torch.inf, dtype=values.dtype).scatter_reduce_(0, group, torch.where(good, values, -torch.inf), "amax")
     spread = torch.where(high > low, high - low, torch.ones_like(low))

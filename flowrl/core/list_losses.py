@@ -93,12 +93,13 @@ def trpa(decisions: Decisions, *, group: Tensor, num_groups: int, level: Tensor,
     return _objective(decisions, torch.where(pairs > 0, of_pairs, unpaired))
 
 
-def lipo(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_prob: Tensor, beta: float = 0.05) -> Objective:
+def lipo(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_prob: Tensor, beta: float = 0.05, tie: float = 1e-3) -> Objective:
     """LiPO-lambda: sum over pairs of a list with R_i > R_j of w_ij -log sigmoid(beta (u_i - u_j)), w = |G_i - G_j| |1 / D_i - 1 / D_j|.
 
     Gain G = 2^R - 1, discount D = log(1 + rank), the rank 1 for the list's largest u: mistakes at the top of the list cost most. The weights are
-    constants. A list of two is DPO times |G_w - G_l| |1 / log 2 - 1 / log 3|. Equal labels are no pair. Of equal u the first ranks higher; so at the
-    reference, where all are equal, the weights depend on the order of the samples, and a mean rank would stop all learning there.
+    constants. A list of two is DPO times |G_w - G_l| |1 / log 2 - 1 / log 3|. Equal labels are no pair. Of equal scores beta u the first ranks higher; so at
+    the reference, where all are equal, the weights depend on the order of the samples, and a mean rank would stop all learning there. Scores are ranked in
+    steps of ``tie``: rounding, which differs between two passes of a network, decides nothing at the reference.
 
     A pair's loss is halved between its two sequences; scaled so that ``seq_mean`` gives the mean over lists.
 
@@ -106,6 +107,7 @@ def lipo(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_prob: 
         decisions: advantages are the labels (advantage ``reward``, of a scale such that 2^R is), equal within a sequence; their mean is taken. old_log_prob
             is only reported.
         group: [B] int64 in 0..P-1. ref_log_prob: [B, S], a constant. beta: > 0; 0.05. Lists of 8 (from memory).
+        tie: > 0, in nats times beta: scores within tie / 2 of 0, and of each of its multiples, are equal in rank (ours).
     Source:
         arXiv:2402.01878; the LambdaLoss form from secondary sources.
     """
@@ -113,8 +115,8 @@ def lipo(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_prob: 
     score = beta * _log_ratio(decisions, ref_log_prob)
     together = _together(group, members)
     with torch.no_grad():
-        number = torch.arange(len(score), device=score.device)
-        ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (number[None, :] < number[:, None]))
+        number, step = torch.arange(len(score), device=score.device), (score / tie).round()
+        ahead = (step[None, :] > step[:, None]) | ((step[None, :] == step[:, None]) & (number[None, :] < number[:, None]))
         rank = 1 + (together & ahead).sum(1).to(score)
         discount, gain = 1 / torch.log1p(rank), torch.exp2(label) - 1
         weight = (gain[:, None] - gain[None, :]).abs() * (discount[:, None] - discount[None, :]).abs()

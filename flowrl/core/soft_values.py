@@ -14,7 +14,7 @@ from flowrl.core.gates import unmasked
 from flowrl.core.ratio_levels import masked_mean
 from flowrl.types import Decisions, Objective
 
-__all__ = ["a_star_po", "oreo_actor", "oreo_critic", "soft_value"]
+__all__ = ["a_star_po", "oreo", "oreo_actor", "oreo_critic", "soft_value"]
 
 
 def soft_value(rewards: Tensor, group: Tensor, valid: Tensor, num_groups: int, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -53,10 +53,22 @@ def a_star_po(decisions: Decisions, *, group: Tensor, num_groups: int, ref_log_p
     log_ratio = _log_ratio(decisions.log_prob, ref_log_prob, decisions.mask).sum(1, keepdim=True)
     _, advantages = unmasked(decisions)
     loss = (beta * log_ratio - masked_mean(advantages, decisions.mask).detach()).square()
-    delta = unmasked(decisions)[0].detach()
-    never = torch.zeros_like(delta)
-    metrics = {"ratio": delta.exp(), "log_ratio": delta, "clipped_low": never, "clipped_high": never.clone()}
-    return Objective(torch.where(decisions.mask, loss, never), metrics)
+    return _objective(decisions, loss)
+
+
+def oreo(decisions: Decisions, *, value: Tensor, ref_log_prob: Tensor, beta: float = 0.03) -> Objective:
+    """`oreo_actor` with a state at every decision, as an objective.
+
+    Args:
+        decisions: advantages are the rewards of whole answers, equal within a sequence; their mean is taken. old_log_prob is only reported.
+        value, ref_log_prob: [B, T], constants. beta: > 0; 0.03.
+    Returns:
+        loss [B, T] (reduce with mean), and the metrics of `objectives.clipped_surrogate`.
+    Source:
+        As `oreo_critic`.
+    """
+    rewards = masked_mean(unmasked(decisions)[1], decisions.mask)[:, 0]
+    return _objective(decisions, oreo_actor(value, decisions.log_prob, ref_log_prob, decisions.mask, decisions.mask, rewards, beta=beta))
 
 
 def oreo_critic(value: Tensor, log_prob: Tensor, ref_log_prob: Tensor, mask: Tensor, state: Tensor, rewards: Tensor, *, beta: float = 0.03) -> Tensor:
@@ -96,6 +108,13 @@ def oreo_actor(value: Tensor, log_prob: Tensor, ref_log_prob: Tensor, mask: Tens
     rest = _suffix(log_ratio.detach()) - own.detach()
     residual = value + beta * (own + rest) - rewards
     return torch.where(state, residual.square(), torch.zeros_like(residual))
+
+
+def _objective(decisions: Decisions, loss: Tensor) -> Objective:
+    delta = unmasked(decisions)[0].detach()
+    never = torch.zeros_like(delta)
+    metrics = {"ratio": delta.exp(), "log_ratio": delta, "clipped_low": never, "clipped_high": never.clone()}
+    return Objective(torch.where(decisions.mask, loss, never), metrics)
 
 
 def _log_ratio(log_prob: Tensor, ref_log_prob: Tensor, mask: Tensor) -> Tensor:

@@ -97,6 +97,11 @@ class DiffusionEngine:
 
     def __init__(self, setting: Setting) -> None:
         config, policy = setting.config, setting.policy
+        if config.likelihood == "token":
+            raise UserError(
+                f"likelihood: token belongs to language models, and {config.model.path} is an image generator; set likelihood: transition or matching, or "
+                "another model.path"
+            )
         self.setting, self.config, self.accelerator, self.policy = setting, config, setting.accelerator, policy
         self.prompts, self.rewards = setting.data.prompts, setting.rewards
         self.pairs: PairSet | None = setting.data.pairs

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from flowrl.allocation import Drop
+from flowrl.comparison import gated
 from flowrl.config import Config
 from flowrl.data import load_prompts
 from flowrl.engines.base import Awaited, Data, Known, Setting, gathered_samples, reward_bounds
@@ -26,6 +28,7 @@ from flowrl.text.credit import CREDITS
 from flowrl.text.evaluation import TextEvaluation, TextEvaluator, on_cpu
 from flowrl.text.factors import FACTORS
 from flowrl.text.lists import measure_lagged
+from flowrl.text.metrics import Facts, answer_metrics, metrics_of_samples
 from flowrl.text.objectives import TokenObjective, make_objective
 from flowrl.text.pairs import PairObjective
 from flowrl.text.parts import Part, make_part
@@ -132,6 +135,7 @@ class TextEngine:
         for prompts in (*(() if self.stored else (self.prompts,)), *self.splits.values()):  # one that does not fit is an error now
             self.policy.encode(prompts, config.generation)
         self.rounds = Rounds(self, self.estimator.bounds)
+        self._sampled_tokens = 0  # of the iteration, here
         self.value = make_value(config, self.policy.hidden_size, self.accelerator)
         every = (self.prompts, *self.splits.values())
         self.rollout = make_rollout(config, self.policy, self.credit, every, lambda shown, found: self._submit(shown, found).result()["total"])
@@ -151,6 +155,7 @@ class TextEngine:
         return parts | {f"term/{term.name}": term for term in self.terms} | self.rounds.parts
 
     def groups(self, iteration: int) -> list[int]:
+        self._sampled_tokens = 0
         found = self.rounds.groups(iteration)
         return found if self.rollout is None else self.rollout.groups(found)
 
@@ -187,7 +192,9 @@ class TextEngine:
             yield
 
     def generate(self, prompts: Sequence[Prompt], counts: Sequence[int], generators: Sequence[torch.Generator], **more: Any) -> Completions:
-        return on_cpu(self.policy.generate(self.policy.encode(prompts, self.config.generation), counts, self.config.generation, generators, **more))
+        found = on_cpu(self.policy.generate(self.policy.encode(prompts, self.config.generation), counts, self.config.generation, generators, **more))
+        self._sampled_tokens += int(found.mask.sum())
+        return found
 
     def scored(self, prompts: Sequence[Prompt], completions: Completions, group: Tensor) -> dict[str, Scores]:
         return self.rewards.submit(SampleBatch([prompts[g] for g in group.tolist()], texts=completions.texts, group=group)).result()
@@ -256,6 +263,7 @@ class TextEngine:
             train=torch.ones(len(c), dtype=torch.bool),
             policy=self.policy,
             add=self.setting.add,
+            reward_weights=self.setting.reward_weights,
             gather=self.gather,
             sampling=self.setting.sampling,
         )
@@ -265,7 +273,8 @@ class TextEngine:
             answers.extra["sampling_tokens"] = 0
         if rolled_out.rolled is not None:
             answers.extra |= {"sampling_tokens": rolled_out.rolled.sampled, **rolled_out.rolled.extra}
-            answers.metrics |= rolled_out.rolled.metrics
+            answers.means |= rolled_out.rolled.means
+            self._sampled_tokens = int((c.mask & answers.extra.get("fresh", c.mask)).sum())
         answers.extra |= {"value": self.value, "advantage_factor": self.setting.reward_weights.factor, "scored": self.scored}
         return answers
 
@@ -285,7 +294,7 @@ class TextEngine:
         assigned = self._assign(answers, self.credit, self.estimator)
         if self.value is not None:
             self.value.learn(answers)
-        return assigned, self._metrics(answers)
+        return assigned, self._metrics(answers, rolled_out.drawn, assigned.mask)
 
     def _measure(self, answers: Answers) -> None:
         """Evaluate what the parts of the method need, each policy once."""
@@ -308,13 +317,7 @@ class TextEngine:
         return replace(self._assign(answers, self.credit, Estimator(self.config.advantage, self.setting.add, self.estimator.bounds)), alone=True)
 
     def _assign(self, answers: Answers, credit: Any, estimator: Estimator) -> AssignedAnswers:
-        for shaper in self.shapers:
-            shaper.rewards(answers)
-        if self.shapers:
-            shaped = Scores(answers.rewards.float(), answers.valid)
-            if self.accelerator.num_processes > 1:
-                shaped = join_scores([{"total": part} for part in gather_object([shaped])])["total"]
-            answers.extra["everywhere"] = shaped
+        self._shape(answers)
         raw = credit(answers, estimator)
         for shaper in self.shapers:
             raw = shaper.advantages(answers, raw)
@@ -338,17 +341,44 @@ class TextEngine:
         }
         return AssignedAnswers(answers, advantages, mask, factor, sums)
 
-    def _metrics(self, answers: Answers) -> dict[str, Any]:
-        add, c = self.setting.add, answers.completions
-        count, tokens = add(float(len(c))), add(float(c.mask.sum()))
-        metrics: dict[str, Any] = {
-            "answer/length": tokens / count,
-            "answer/unfinished": add(float((~c.finished).sum())) / count,
-            "answer/empty": int(add(float((answers.lengths == 0).sum()))),
-            "answer/trained": add(float((answers.train & answers.valid).sum())) / count,
-            "tokens/sampled": int(tokens) if self.stored is None else 0,
-        }
-        return metrics | {name: add(value) / self.accelerator.num_processes for name, value in answers.metrics.items()}
+    def _shape(self, answers: Answers) -> None:
+        """Rewards as the shapers and the constraints leave them, and what statistics over the iteration need to know of all processes."""
+        for shaper in self.shapers:
+            shaper.rewards(answers)
+        if self.shapers or self.selective:
+            trained = torch.bincount(answers.group[answers.train], minlength=answers.num_groups) > 0
+            batch = trained[answers.group] if answers.in_statistics is None else trained[answers.group] & answers.in_statistics
+            added = Scores((answers.rewards - answers.scores["total"].values.double()).float(), answers.valid)
+            parts = self.gather(({"total": Scores(answers.rewards.float(), answers.valid), "added": added}, batch))
+            everywhere = join_scores([scores for scores, _ in parts])
+            answers.extra["everywhere"] = everywhere["total"]
+            if self.shapers:
+                answers.extra["added"] = (added, everywhere["added"])
+            if self.selective:
+                answers.batch = (batch, torch.cat([part for _, part in parts]))
+        own = None if answers.batch is None else answers.batch[0]
+        answers.rewards = gated(self.config, {**answers.scores, "total": answers.shaped()}, answers.group, answers.num_groups, own).values
+
+    @property
+    def selective(self) -> bool:
+        """Whether answers may be compared and not trained, or trained and not the policy's own of the iteration."""
+        return not self.rounds.plain or isinstance(self.rounds.allocator, Drop)
+
+    def _metrics(self, answers: Answers, drawn: Drawn | None, mask: Tensor) -> dict[str, Any]:
+        """Of all processes. Answers are those of the policy in this iteration, with those that are not trained and without others'."""
+        add, all_here = self.setting.add, Facts.of(answers.completions, answers.scores)
+        trained = mask.any(1)
+        own = [all_here] if drawn is None else [Facts.of(part.completions, part.scores) for part in drawn.own]
+        parts = self.gather((own, all_here.only(trained)))
+        nothing = parts[0][1].only(torch.zeros(len(parts[0][1].length), dtype=torch.bool))  # an iteration may sample nothing, and train what is kept
+        said = Facts.join([nothing, *(part for some, _ in parts for part in some)])
+        metrics = answer_metrics(said)
+        metrics["answer/trained"] = add(float(trained.sum())) / add(float(len(answers)))
+        metrics["tokens/sampled"] = int(add(float(self._sampled_tokens)))
+        if self.selective:
+            metrics |= metrics_of_samples(self.config, self.setting.reward_weights, said, Facts.join([part for _, part in parts]))
+        metrics |= {name: add(value) / self.accelerator.num_processes for name, value in answers.metrics.items()}
+        return metrics | {name: add(total) / add(count) for name, (total, count) in answers.means.items()}
 
     def update(
         self, rolled_out: SampledAnswers, assigned: AssignedAnswers, prompts: list[Prompt], numbers: list[int], iteration: int

@@ -28,17 +28,15 @@ class Actions(NamedTuple):
         tokens: N tensors [n] int64, an end token it sampled included.
         log_probs: N tensors [n] float32, as `Completions.log_prob`.
         finished: N truth values (a list, or [N] bool); False where the length limit cut the action.
-        forward_tokens: positions the policy evaluated for them.
     """
 
     tokens: Sequence[Tensor]
     log_probs: Sequence[Tensor]
     finished: Sequence[bool] | Tensor
-    forward_tokens: int = 0
 
 
 Act: TypeAlias = Callable[[list[Tensor]], Actions | tuple[Sequence[Tensor], Sequence[Tensor], Sequence[bool] | Tensor]]
-"""Contexts (N tensors [n] int64: prompt and all tokens so far) -> `Actions`, or the first three of its fields."""
+"""Contexts (N tensors [n] int64: prompt and all tokens so far) -> `Actions`, or its fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +155,6 @@ def run_episodes(
         torch.tensor(_joined(encode, prompt, begun[number]) if encode_prompt is None else encode_prompt(prompt, begun[number]), dtype=torch.int64)
         for number, prompt in enumerate(prompts)
     )
-    forward_tokens = 0
     for turn in range(max_turns):
         live = [episode for episode in episodes if episode.is_live]
         asked = [episode for episode in live if turn >= len(episode.played)]
@@ -165,7 +162,6 @@ def run_episodes(
         if asked:
             actions = Actions(*act([torch.cat([prompt_tokens[episode.group], torch.tensor(episode.tokens, dtype=torch.int64)]) for episode in asked]))
             _check_actions(actions, len(asked))
-            forward_tokens += actions.forward_tokens
             sampled = zip(actions.tokens, actions.log_probs, actions.finished, strict=True)
         for episode in live:
             tokens, log_prob, is_whole = (episode.played[turn], None, True) if turn < len(episode.played) else next(sampled)
@@ -182,7 +178,7 @@ def run_episodes(
                 episode.add(answer, None, turn)
         if not any(episode.is_live for episode in episodes):
             break
-    return _collect(episodes, prompt_tokens, decode, pad_token, forward_tokens)
+    return _collect(episodes, prompt_tokens, decode, pad_token)
 
 
 def _begin(
@@ -243,9 +239,7 @@ def _check_actions(actions: Actions, count: int) -> None:
             )
 
 
-def _collect(
-    episodes: Sequence[_Episode], prompt_tokens: tuple[Tensor, ...], decode: Callable[[list[int]], str], pad_token: int, forward_tokens: int
-) -> Episodes:
+def _collect(episodes: Sequence[_Episode], prompt_tokens: tuple[Tensor, ...], decode: Callable[[list[int]], str], pad_token: int) -> Episodes:
     width = max(1, *(len(episode.tokens) for episode in episodes))
     turns = max(len(episode.actions) for episode in episodes)
 
@@ -263,7 +257,6 @@ def _collect(
         log_prob=table("log_prob", width, 0.0, torch.float32),
         texts=tuple(decode(episode.tokens) for episode in episodes),
         turn=table("turn", width, 0, torch.int64),
-        forward_tokens=forward_tokens,
     )
     step_rewards = table("rewards", turns, 0.0, torch.float32)
     return Episodes(

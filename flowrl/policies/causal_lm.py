@@ -8,8 +8,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from flowrl.policies import decoding
-from flowrl.policies.caches import growing_cache
+from flowrl.policies.caches import GrowingCache
+from flowrl.policies.decoding_check import check_decoding
 from flowrl.policies.language_models import EXAMPLE, load_language_model, located, rendered
 from flowrl.policies.pipelines import without_progress_bars
 from flowrl.policies.token_statistics import OutputHead, TokenOutput, positions_at_once, token_statistics
@@ -48,10 +51,12 @@ _OF_IMAGES = (
     "vae_channels_last",
 )
 _ADAPTER = "adapter_model.safetensors"
+_PROMPTS = 65_536
+"""Prompts whose tokens are kept: an epoch of all but the largest data sets, at some 100 MB."""
 
 
 class TokenNetwork(nn.Module):
-    """A causal LM whose output head runs where it is asked to. Everything goes through its forward, so that it can be wrapped and sharded.
+    """A causal LM whose output head runs where it is asked to, without dropout. Everything goes through its forward, so that it can be wrapped and sharded.
 
     Args:
         model: of transformers.
@@ -66,6 +71,10 @@ class TokenNetwork(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         self._scale, self._softcap = _logit_settings(model)
         self._checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for module in model.modules():  # some layers drop out themselves, by a share that is their own (OPT)
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
     @property
     def head(self) -> OutputHead:
@@ -80,6 +89,7 @@ class TokenNetwork(nn.Module):
         cache: Any = None,
         places: Tensor | None = None,
         targets: Tensor | None = None,
+        last: Tensor | None = None,
         columns: Collection[str] = (),
         temperature: float = 1.0,
         kappa: float = 0.02,
@@ -87,7 +97,7 @@ class TokenNetwork(nn.Module):
         """Logits after each row's last position, or statistics of some tokens.
 
         Args:
-            ids, positions: [n, L] int64. mask: [n, past + L] bool, tokens that may be seen.
+            ids, positions: [n, L] int64. mask: [n, past + L] bool, tokens that may be seen. last: [n] int64, the last position of each row; None = L - 1.
             places: [N] int64, numbers of positions in the flattened [n, L], and targets: [N], the tokens that come after them. The rest as of
                 `token_statistics`; None = ``logits`` [n, V] are wanted.
         Returns:
@@ -99,7 +109,7 @@ class TokenNetwork(nn.Module):
         found = self.model.base_model(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=cache is not None, **where)
         hidden: Tensor = found.last_hidden_state
         if places is None or targets is None:
-            return {"logits": self.head(hidden[:, -1])}
+            return {"logits": self.head(hidden[:, -1] if last is None else hidden[torch.arange(len(hidden), device=hidden.device), last])}
         hidden = hidden.flatten(0, 1)[places]
         size = positions_at_once(self.model.config.get_text_config().vocab_size)
         values = token_statistics(self.head, hidden, targets, columns=columns, temperature=temperature, kappa=kappa, at_once=size)
@@ -113,13 +123,16 @@ def _logit_settings(model: Any) -> tuple[float, float | None]:
     if head is not None:
         ids = torch.arange(1, 5, device=model.device)[None] % config.vocab_size
         theirs = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
         divisor = getattr(config, "logits_scaling", 1.0)  # Granite divides by it, HyperCLOVA multiplies
         scales = (getattr(config, "logit_scale", None) or 1.0, 1 / divisor, divisor, getattr(config, "lm_head_multiplier", None) or 1.0, 1.0)
         caps = (getattr(config, "final_logit_softcapping", None), None)
 
         def error(settings: tuple[float, float | None]) -> float:
-            return float((OutputHead(head, *settings)(hidden).float() - theirs).abs().max())
+            if hidden is None:
+                return math.inf
+            found = OutputHead(head, *settings)(hidden.to(head.weight.dtype))  # some keep sums in float32 (Mamba)
+            return float((found.float() - theirs).abs().max())
 
         best = min(product(scales, caps), key=error)
         if error(best) <= (1e-4 if model.dtype == torch.float32 else 0.02) * max(1e-3, float(theirs.abs().max())):
@@ -160,12 +173,13 @@ class CausalLmPolicy(TrainedPolicy):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed during transformers 5
             enable({"use_reentrant": False})
         self.network: TokenNetwork = TokenNetwork(model.to(device))
+        self._decoding = check_decoding(self.network, self.pad, device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft finds out by itself, for GPT-2
             self._make_trainable(_linear_layers(model), keep_reference)
         self._compile(self._networks, tuple(model._no_split_modules or ()), "transformers")
         self.training_module = self.network
-        self._prompts: dict[str, Tensor] = {}
+        self._prompt = lru_cache(_PROMPTS)(partial(_prompt_tokens, self.tokenizer, self.ends))  # of a function that does not hold the policy
         self._vllm: VllmEngine | None = None
 
     @property
@@ -185,12 +199,25 @@ class CausalLmPolicy(TrainedPolicy):
 
     # --- prompts ---
 
-    def check_generation(self, settings: GenerationConfig) -> None:
+    def check_generation(self, settings: GenerationConfig, *, given: str | None = None) -> None:
         """Whether this model can answer so.
 
+        Args:
+            given: the key of a config that lets answers begin with tokens that are given.
         Raises:
-            UserError: nothing would end an answer, or the context is too short.
+            UserError: nothing would end an answer, the context is too short, or the model cannot be sampled so with a cache.
         """
+        kind, ours = type(self.network.model).__name__, settings.engine == "transformers"
+        if ours and self._decoding == "no":
+            raise UserError(
+                f"model.path: {kind} does not say with a cache of its tokens what it says of whole texts, so that it cannot be sampled here; "
+                "use a decoder whose layers attend, or generation.engine: vllm"
+            )
+        if ours and given is not None and self._decoding != "any":
+            raise UserError(
+                f"{given}: answers would begin with tokens that are given, and {kind} keeps a state of what it has read, which their padding would change; "
+                "leave it out, or use a decoder whose layers attend"
+            )
         if not self.ends and not settings.stop:
             raise UserError(f"generation.stop: the tokenizer of {self.config.path} has no end token, so that nothing would end an answer; give a text")
         if self.context is not None and settings.max_new_tokens >= self.context:
@@ -222,23 +249,14 @@ class CausalLmPolicy(TrainedPolicy):
 
     def _tokens(self, prompt: Prompt) -> Tensor:
         messages = prompt.metadata.get("messages")
-        key = json.dumps(messages, default=str) if messages is not None else prompt.text
-        if key not in self._prompts:
-            if messages is not None and not _are_messages(messages):
-                raise UserError(f"the messages of prompt {_short(prompt.text or key)} are not a list of mappings with role and content")
-            if messages is None and not prompt.text.strip():
-                numbers = []
-            elif self.tokenizer.chat_template is not None:
-                text = rendered(self.tokenizer, [{"role": "user", "content": prompt.text}] if messages is None else list(messages))
-                numbers = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            elif messages is not None:
-                raise UserError(f"prompt {_short(prompt.text or key)} has messages, and the tokenizer of {self.config.path} has no chat template")
-            else:
-                numbers = self.tokenizer(prompt.text)["input_ids"]
-                while numbers and numbers[-1] in self.ends:  # some tokenizers end every text
-                    numbers = numbers[:-1]
-            self._prompts[key] = torch.tensor(numbers, dtype=torch.int64)
-        return self._prompts[key]
+        if messages is None:
+            return self._prompt(prompt.text, None)
+        shown = _short(prompt.text or str(messages))
+        if not _are_messages(messages):
+            raise UserError(f"the messages of prompt {shown} are not a list of mappings with role and content")
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"prompt {shown} has messages, and the tokenizer of {self.config.path} has no chat template")
+        return self._prompt("", json.dumps(messages, default=str))
 
     # --- answers ---
 
@@ -259,7 +277,7 @@ class CausalLmPolicy(TrainedPolicy):
         Raises:
             UserError: nothing would end an answer, or a prompt with its answer is longer than the context.
         """
-        self.check_generation(settings)
+        self.check_generation(settings, given="prefix" if any(map(len, prefix or ())) else None)
         longest = max(map(len, prompt_tokens), default=0)
         if self.context is not None and longest + settings.max_new_tokens > self.context:
             most = f"generation.max_new_tokens, {settings.max_new_tokens}, are more than the model's context, {self.context}"
@@ -271,20 +289,16 @@ class CausalLmPolicy(TrainedPolicy):
 
     def new_cache(self) -> Any:
         """Of `DecodingModel`."""
-        return growing_cache(self.network.model.config)
+        return GrowingCache(self.network.model.config)
 
-    def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, real: int) -> Tensor:
+    def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, real: int, last: Tensor | None = None) -> Tensor:
         """Of `DecodingModel`."""
-        logits = self._forward(ids, mask, positions, real, cache=cache)["logits"]
+        logits = self._forward(ids, mask, positions, real, cache=cache, last=last)["logits"]
         return logits.float()
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Texts without special tokens."""
         return [self.tokenizer.decode(list(numbers), skip_special_tokens=True, clean_up_tokenization_spaces=False) for numbers in tokens]
-
-    def counted(self) -> int:
-        """Of `DecodingModel`."""
-        return self.rows.forward
 
     # --- log-probabilities ---
 
@@ -424,6 +438,20 @@ class CausalLmPolicy(TrainedPolicy):
             raise UserError(f"{folder} holds no exported language model (config.json)")
         loaded, _ = load_language_model(str(folder), torch.float32, self.config.attention_backend)
         self.network.model.load_state_dict(loaded.state_dict())
+
+
+def _prompt_tokens(tokenizer: Any, ends: Collection[int], text: str, messages: str | None) -> Tensor:
+    """Of a prompt's text, or of its messages as JSON."""
+    if messages is None and not text.strip():
+        numbers = []
+    elif tokenizer.chat_template is not None:
+        said = [{"role": "user", "content": text}] if messages is None else json.loads(messages)
+        numbers = tokenizer(rendered(tokenizer, said), add_special_tokens=False)["input_ids"]
+    else:
+        numbers = tokenizer(text)["input_ids"]
+        while numbers and numbers[-1] in ends:  # some tokenizers end every text
+            numbers = numbers[:-1]
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _special_tokens(model: Any, tokenizer: Any, path: str) -> tuple[frozenset[int], int]:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flowrl.sections import GenerationConfig
 from flowrl.types import Completions
 
-__all__ = ["DecodingModel", "filtered", "generate", "inverse_cdf"]
+__all__ = ["Batch", "DecodingModel", "filtered", "generate", "inverse_cdf"]
 
 _KEEP_SHARE = 0.75
 
@@ -40,11 +40,13 @@ class DecodingModel(Protocol):
     @property
     def ends(self) -> Collection[int]: ...
 
-    def new_cache(self) -> Any: ...
+    def new_cache(self) -> Any:
+        """An empty one, with `flowrl.policies.caches.GrowingCache.batch_select_indices` and ``move_right``."""
+        ...
 
-    def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, real: int) -> Tensor:
-        """Logits [R, V] after the last of new tokens ``ids`` [R, n] at ``positions`` [R, n]; ``mask`` [R, past + n] is True for tokens that may be seen.
-        ``real`` of the tokens are counted, the others are padding.
+    def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, real: int, last: Tensor | None = None) -> Tensor:
+        """Logits [R, V] after place ``last`` [R] (None = the end) of new tokens ``ids`` [R, n] at ``positions`` [R, n]; ``mask`` [R, past + n] is True for
+        tokens that may be seen. ``real`` of the tokens are counted, the others are padding.
         """
         ...
 
@@ -54,10 +56,6 @@ class DecodingModel(Protocol):
 
     def in_parts(self, count: int, work: Callable[[slice], Tensor]) -> Tensor:
         """``work`` on ``count`` answers, as many at a time as fit."""
-        ...
-
-    def counted(self) -> int:
-        """Tokens that went through the network so far."""
         ...
 
 
@@ -151,7 +149,6 @@ def generate(
         torch.zeros(total, dtype=torch.bool),
     )
     order = _Order([prompt.to("cpu", torch.int64) for prompt in prompts], settings, group, starts, uniform)
-    before = model.counted()
 
     def part(rows: slice) -> Tensor:
         _say(model, order, rows, answers)
@@ -180,7 +177,6 @@ def generate(
         finished=answers.finished.to(model.device),
         log_prob=log_prob.to(model.device),
         texts=tuple(model.decode(said)),
-        forward_tokens=model.counted() - before,
     )
 
 
@@ -207,8 +203,10 @@ def _check(
         raise ValueError("prefix_log_prob does not fit prefix")
 
 
-class _Batch:
-    """Rows that are under way: their cache, what they may see of it, and the logits of their next token."""
+class Batch:
+    """Rows that are under way: their cache, what they may see of it, and the logits of their next token. Padding stands on the left of each row: between tokens
+    it would count as one where places are counted (windows, ALiBi).
+    """
 
     def __init__(self, model: DecodingModel) -> None:
         self.model, self.cache = model, model.new_cache()
@@ -216,18 +214,29 @@ class _Batch:
         self.seen = torch.zeros(0, dtype=torch.int64, device=model.device)  # tokens of each row that are in the cache
         self.logits = torch.zeros(0, 0, device=model.device)
 
-    def read(self, texts: Sequence[Tensor]) -> None:
-        """Put more tokens into the cache, padded on the left; a row may get none."""
-        device = self.model.device
+    def begin(self, texts: Sequence[Tensor]) -> None:
+        """Put texts into the cache, each at least a token."""
+        device, total = self.model.device, sum(map(len, texts))
         ids = pad_sequence(list(texts), batch_first=True, padding_value=self.model.pad, padding_side="left").to(device)
-        sizes = torch.tensor([len(text) for text in texts], device=device)
-        if len(self.seen) == 0:
-            self.mask, self.seen = torch.zeros(len(texts), 0, dtype=torch.bool, device=device), torch.zeros_like(sizes)
-        place = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - sizes)[:, None]
-        self.mask = torch.cat((self.mask, place >= 0), 1)
-        found = self.model.next_logits(ids, self.mask, self.seen[:, None] + place.clamp_min(0), self.cache, sum(map(len, texts)))
-        self.logits = found if len(self.logits) == 0 else torch.where((sizes > 0)[:, None], found, self.logits)
+        self.seen = torch.tensor([len(text) for text in texts], device=device)
+        place = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - self.seen)[:, None]
+        self.mask = place >= 0
+        self.logits = self.model.next_logits(ids, self.mask, place.clamp_min(0), self.cache, total)
+
+    def go_on(self, texts: Sequence[Tensor]) -> None:
+        """Put more tokens into the cache; a row may get none."""
+        device, lengths = self.model.device, [len(text) for text in texts]
+        ids = pad_sequence(list(texts), batch_first=True, padding_value=self.model.pad).to(device)
+        sizes, place = torch.tensor(lengths, device=device), torch.arange(ids.shape[1], device=device).expand_as(ids)
+        self.mask = torch.cat((self.mask, place < sizes[:, None]), 1)
+        last = (sizes - 1).clamp_min(0)
+        found = self.model.next_logits(ids, self.mask, self.seen[:, None] + torch.minimum(place, last[:, None]), self.cache, sum(lengths), last)
+        self.logits = torch.where((sizes > 0)[:, None], found, self.logits)
         self.seen = self.seen + sizes
+        if min(lengths) < max(lengths):
+            by = ids.shape[1] - sizes
+            self.cache.move_right(by)
+            self.mask = self.mask.gather(1, (torch.arange(self.mask.shape[1], device=device) - by[:, None]) % self.mask.shape[1])
 
     def advance(self, token: Tensor, live: Tensor, num_live: int) -> None:
         """One more token [R] in each row; rows that are not ``live`` are only in the way."""
@@ -241,22 +250,22 @@ class _Batch:
         self.mask, self.seen, self.logits = self.mask[rows], self.seen[rows], self.logits[rows]
 
 
-def _begin(model: DecodingModel, order: _Order, rows: slice) -> _Batch:
+def _begin(model: DecodingModel, order: _Order, rows: slice) -> Batch:
     """A batch of answers whose prompts and prefixes are read: each prompt once, and each prefix of a prompt once."""
     keys = [(number, tuple(start.tolist())) for number, start in zip(order.group[rows], order.prefix[rows], strict=True)]
     contexts = list(dict.fromkeys(keys))
     prompts = list(dict.fromkeys(number for number, _ in contexts))
-    batch = _Batch(model)
-    batch.read([order.prompts[number] for number in prompts])
+    batch = Batch(model)
+    batch.begin([order.prompts[number] for number in prompts])
     _pick(batch, [prompts.index(number) for number, _ in contexts], len(prompts))
     if any(start for _, start in contexts):
-        batch.read([torch.tensor(start, dtype=torch.int64) for _, start in contexts])
+        batch.go_on([torch.tensor(start, dtype=torch.int64) for _, start in contexts])
     where = {context: row for row, context in enumerate(contexts)}
     _pick(batch, [where[key] for key in keys], len(contexts))
     return batch
 
 
-def _pick(batch: _Batch, rows: list[int], present: int) -> None:
+def _pick(batch: Batch, rows: list[int], present: int) -> None:
     if rows != list(range(present)):
         batch.select(torch.tensor(rows, device=batch.model.device))
 

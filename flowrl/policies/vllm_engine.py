@@ -97,8 +97,7 @@ class VllmEngine:
     ) -> Completions:
         """As `flowrl.policies.decoding.generate`, but each answer has a seed from its prompt's generator, and vLLM draws. New weights are handed over first.
 
-        Returns:
-            ``forward_tokens`` are those that had to be evaluated; what vLLM evaluates again when it runs out of memory is not known.
+        Tokens that vLLM evaluates again when it runs out of memory are not counted.
         """
         if _log_prob_mode(settings) != self._mode:
             raise UserError("generation.temperature: with vllm it cannot change within a run")
@@ -127,7 +126,6 @@ class VllmEngine:
             finished=torch.tensor([one.finish_reason == "stop" for one in said], device=device),
             log_prob=pad_sequence(log_prob, batch_first=True).to(device),
             texts=tuple(self._policy.decode([text.tolist() for text in tokens])),
-            forward_tokens=forward,
         )
 
     def _sampling(self, settings: GenerationConfig, seed: int, begun: int, greedy: bool) -> Any:

@@ -22,9 +22,10 @@ __all__ = ["weightless_language_models"]
 @contextmanager
 def weightless_language_models() -> Iterator[None]:
     """Within it, and within `flowrl.policies.weightless.weightless`, `CausalLmPolicy` is made of a config and a tokenizer; of a model on the hub those files
-    alone are read. Logits are taken to be the plain ones.
+    alone are read. Logits are taken to be the plain ones, and the model to be one that can be sampled.
     """
-    with patch.object(causal_lm, "load_language_model", _without_weights), patch.object(causal_lm, "_logit_settings", lambda _: (1.0, None)):
+    stand_ins: dict[str, Any] = {"load_language_model": _without_weights, "_logit_settings": lambda _: (1.0, None), "check_decoding": lambda *_: "any"}
+    with patch.multiple(causal_lm, **stand_ins):
         yield
 
 

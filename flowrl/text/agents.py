@@ -182,8 +182,9 @@ class EpisodeRollout(Stateless):
         )
         totals, groups = episodes.rewards.tolist(), episodes.completions.group.tolist()
         shown = [replace(prompts[g], metadata={**prompts[g].metadata, "episode_reward": total}) for g, total in zip(groups, totals, strict=True)]
-        metrics = {"episode/success": float(episodes.success.double().mean()), "episode/turns": float(episodes.present.sum(1).double().mean())}
-        return Rolled(episodes.completions, speaker.sampled, shown, {"episodes": episodes}, metrics)
+        count = float(len(groups))
+        means = {"episode/success": (float(episodes.success.sum()), count), "episode/turns": (float(episodes.present.sum()), count)}
+        return Rolled(episodes.completions, speaker.sampled, shown, {"episodes": episodes}, means)
 
     def _prompt(self, prompt: Prompt, observation: str) -> list[int]:
         """Tokens of a prompt and the first thing that the environment says."""

@@ -13,10 +13,12 @@ from flowrl.mistakes import did_you_mean
 from flowrl.objective_agreement import objective_disagreements
 from flowrl.objective_names import OBJECTIVE_NAMES, argument_problems, arguments
 from flowrl.text.credit import CREDITS
+from flowrl.text.effect_agreement import effect_disagreements
 from flowrl.text.factors import FACTORS
 from flowrl.text.objectives import TOKEN_OBJECTIVES
 from flowrl.text.pair_agreement import pair_disagreements
 from flowrl.text.parts import part_problems
+from flowrl.text.reward_agreement import reward_disagreements
 from flowrl.text.rollouts import rollout_disagreements
 from flowrl.text.sample_agreement import sample_disagreements
 from flowrl.text.shaping import SHAPERS
@@ -32,9 +34,9 @@ _OF_PICTURES = ("credit", "selection", "matching", "direct", "layer_tuning")
 _OF_STEPS = (("step_weight", "none"), ("dynamic_clip", 0.0))
 _OF_TEXT = ("generation", "token_credit", "tokens", "entropy", "value", "environment", "tree", "partial", "pairing")
 _USED_OF_ROLLOUT = ("groups_per_iteration", "group_size")
-_SQUARED = ("reg_grpo", "gvpo", "rover", "kimi")
+_SQUARED = ("reg_grpo", "gvpo", "rover", "kimi", "oreo")
 """Squared losses, which have no bounds to clip."""
-_PLAIN = ("rover", "token_nft", "lp_reg", "capo", "clip_cov", "kl_cov", "remix")
+_PLAIN = ("rover", "oreo", "token_nft", "lp_reg", "capo", "clip_cov", "kl_cov", "remix")
 """Objectives that read the log-probability of the token itself, or choose single tokens."""
 
 
@@ -46,6 +48,7 @@ def token_disagreements(config: Config) -> Iterator[str]:
     elif o.name in OBJECTIVE_NAMES:
         yield from objective_disagreements(config)
         yield from _of_the_objective(config)
+        yield from effect_disagreements(config)
     for name in _OF_PICTURES:
         part = getattr(config, name)
         if part != type(part)():
@@ -77,11 +80,7 @@ def token_disagreements(config: Config) -> Iterator[str]:
         yield f"objective.ratio: {o.ratio} moves whole answers, and token_credit: {config.token_credit.name} differs within them; use seq_mean_token"
     if o.reduction == "seq_mean_token_sum_norm" and o.max_length is None and config.generation.max_new_tokens < 1:
         yield "objective.max_length: seq_mean_token_sum_norm needs it"
-    if a.aggregate != "rewards" and config.data.pairs is None:
-        yield f"advantage.aggregate: {a.aggregate} is of pictures; with likelihood: token use rewards, their weighted sum"
-    for reward in config.rewards:
-        if reward.minimum is not None:
-            yield f"rewards.{reward.key}.minimum: hard constraints are of pictures; with likelihood: token leave it out, and see shaping: constraint_gate"
+    yield from reward_disagreements(config)
     if a.transform != "identity":
         yield f"advantage.transform: {a.transform} makes weights of pictures; with likelihood: token use identity"
     if a.centre != "none" and rollout.group_size == 1 and a.centre in ("group", "leave_one_out", "length_weighted", "best_minus_second"):
@@ -161,6 +160,8 @@ def only_of_text(config: Config) -> Iterator[str]:
     for name in _OF_TEXT:
         if getattr(config, name) != type(config).model_fields[name].default:
             yield f"{name}: it belongs to language models; with likelihood: {config.likelihood} leave it out"
+    if config.evaluation.greedy:
+        yield f"evaluation.greedy: it belongs to language models; with likelihood: {config.likelihood} leave it out"
     if config.kl.weight > 0 and config.kl.form in _TOKEN_KL:
         yield f"kl.form: {config.kl.form} compares tokens; with likelihood: {config.likelihood} use fg_code, exact_mean, v_mse, x_mse or v_elbo"
     if config.kl.place == "reward":

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from flowrl.config import Config
+from flowrl.reward_weights import RewardWeights
 from flowrl.types import Completions, Prompt, Scores
 
 if TYPE_CHECKING:
     from flowrl.policies.causal_lm import CausalLmPolicy
 
-__all__ = ["Answers", "measure"]
+__all__ = ["Answers", "evaluate", "measure"]
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Answers:
         rewards: [B] float64, the total, as shaping leaves it; anything where not valid.
         valid: [B] bool, False where an answer has no reward. train: [B] bool, False where an answer is not trained.
         in_statistics: [B] bool, False for answers put in from elsewhere that are compared with the others and not they with it; None = all.
+        batch: [B] bool, here and everywhere, the answers that statistics are of: those of groups that are trained, without those that are not in_statistics;
+            None = all. Known when the rewards are shaped.
         compared: [B] int64 in 0..P-1, the group of each answer; None = that of the completions, which say in whose context an answer is trained.
         origin: [B] int64, where each answer comes from, see flowrl/text/samples.py; None = the policy has given all of them now.
         gather: values of all processes as a list; every process must call it.
@@ -40,8 +43,9 @@ class Answers:
         measured: what policies say of every token, [B, T] float32 on the CPU, by name: "log_prob", "entropy", ..., and "reference" for the reference's
             log-probabilities; see `measure`.
         extra: what parts leave for each other, such as success rates or turn rewards.
-        metrics: numbers to be logged, of this process.
+        metrics: numbers to be logged; the mean over processes is. means: sums and counts of this process; what is logged is the sum over the count of all.
         add: a number summed over processes.
+        reward_weights: the current weights of the rewards.
     """
 
     config: Config
@@ -58,7 +62,9 @@ class Answers:
     train: Tensor
     policy: CausalLmPolicy
     add: Callable[[float], float]
+    reward_weights: RewardWeights
     in_statistics: Tensor | None = None
+    batch: tuple[Tensor, Tensor] | None = None
     compared: Tensor | None = None
     origin: Tensor | None = None
     gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
@@ -66,6 +72,7 @@ class Answers:
     measured: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    means: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -83,6 +90,11 @@ class Answers:
     def mask(self) -> Tensor:
         """[B, T] bool: the sampled tokens."""
         return self.completions.mask
+
+    @property
+    def in_batch(self) -> Tensor:
+        """[B] bool: answers with a reward that statistics over the iteration are of."""
+        return self.valid if self.batch is None else self.valid & self.batch[0]
 
     @property
     def lengths(self) -> Tensor:
@@ -106,11 +118,6 @@ class Answers:
             measure(self, [name])
         return self.measured[name]
 
-    def mean_log_prob(self, name: str = "log_prob") -> Tensor:
-        """[B] float64, mean over the sampled tokens; 0 for an empty answer."""
-        total = torch.where(self.mask, self.token(name).double(), 0.0).sum(1)
-        return total / self.lengths.clamp_min(1)
-
 
 def measure(answers: Answers, names: Sequence[str]) -> None:
     """Evaluate what is missing of ``names`` for all answers, in one pass of the policy and one of the reference at most."""
@@ -118,15 +125,15 @@ def measure(answers: Answers, names: Sequence[str]) -> None:
     own = [name for name in missing if name != "reference"]
     if own:
         with answers.sampling():
-            _pass(answers, {name: name for name in own} | {"log_prob": "log_prob"})
+            evaluate(answers, {name: name for name in own} | {"log_prob": "log_prob"})
     if "reference" in missing:
         with answers.policy.reference():
-            _pass(answers, {"log_prob": "reference"})
+            evaluate(answers, {"log_prob": "reference"})
 
 
 @torch.no_grad()
-def _pass(answers: Answers, names: dict[str, str]) -> None:
-    """One forward of every answer; ``names``: column -> the name that it is kept under."""
+def evaluate(answers: Answers, names: dict[str, str]) -> None:
+    """One forward of every answer by the policy as it is now; ``names``: column -> its name in `Answers.measured`."""
     policy, completions = answers.policy, answers.completions
     columns = [name for name in names if name != "log_prob"]
     with policy.in_step():

@@ -61,12 +61,10 @@ class TokenObjective(Part, Protocol):
     Attributes:
         columns: what is asked of `CausalLmPolicy.token_output` with gradient, beside log_prob.
         whole_groups: a micro-batch must hold the answers of a group together.
-        is_ratio: it compares with the policy that sampled; without, old log-probabilities are only reported.
     """
 
     columns: ClassVar[frozenset[str]]
     whole_groups: ClassVar[bool]
-    is_ratio: ClassVar[bool]
 
     def begin(self, answers: Answers, advantages: Tensor) -> None:
         """Look at the whole iteration before its first update. advantages: [B, T] float32."""
@@ -82,7 +80,6 @@ class ObjectiveBase(Stateless):
 
     columns: ClassVar[frozenset[str]] = frozenset()
     whole_groups: ClassVar[bool] = False
-    is_ratio: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

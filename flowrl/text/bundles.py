@@ -129,7 +129,7 @@ class ConsistencyCredit(Stateless):
     def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
         a = answers.config.advantage
         ids, num_answers = self._numbers(answers)
-        mean, _, count = group_statistics(answers.rewards, answers.group, answers.valid, answers.num_groups, 0)
+        mean, _, count = group_statistics(answers.rewards, answers.group, answers.in_batch, answers.num_groups, 0)
         prompts = answers.add(float((count > 0).sum()))
         centre = answers.add(float(mean[count > 0].sum())) / max(prompts, 1.0)
         square = answers.add(float((mean[count > 0] - centre).square().sum()))

@@ -9,16 +9,18 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flowrl.core.token_advantages import masked_moments, token_returns, whiten
+from flowrl.core.token_advantages import token_returns
 from flowrl.estimation import Estimator
-from flowrl.text.advantages import Credit, sample_advantages, summed_moments, token_rewards
+from flowrl.text.advantages import Credit, sample_advantages, summed_moments, token_rewards, whitened
 from flowrl.text.answers import Answers
+from flowrl.text.branches import BranchCredit
 from flowrl.text.bundles import ConsistencyCredit, RiskCredit
 from flowrl.text.parts import Stateless
 from flowrl.text.segments import SegmentCredit
+from flowrl.text.soft_values import SoftValueCredit
 from flowrl.text.steps import StepGate
 from flowrl.text.trees import TreeCredit
-from flowrl.text.turns import GigpoCredit, IgpoCredit, SaltCredit
+from flowrl.text.turns import GigpoCredit, IgpoCredit, SaltCredit, TurnCredit
 from flowrl.text.value import GaeCredit
 
 __all__ = ["CREDITS", "Credit", "sample_advantages", "summed_moments"]
@@ -48,11 +50,8 @@ class TokenReturns(Stateless):
 
     def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
         rewards = token_rewards(answers, sample_advantages(answers, estimator))
-        counted = answers.mask & answers.valid[:, None]
-        returns = token_returns(rewards, counted, gamma=self.gamma)
-        if not self.whitened:
-            return returns
-        return whiten(returns, counted, moments=masked_moments(returns, counted, add=summed_moments(answers)))
+        returns = token_returns(rewards, answers.mask & answers.valid[:, None], gamma=self.gamma)
+        return whitened(answers, returns) if self.whitened else returns
 
 
 CREDITS: dict[str, Callable[..., Credit]] = {
@@ -65,6 +64,9 @@ CREDITS: dict[str, Callable[..., Credit]] = {
     "gigpo": GigpoCredit,
     "igpo": IgpoCredit,
     "salt": SaltCredit,
+    "turns": TurnCredit,
     "tree": TreeCredit,
     "segments": SegmentCredit,
+    "branches": BranchCredit,
+    "soft_values": SoftValueCredit,
 }

@@ -143,5 +143,4 @@ def on_cpu(completions: Completions) -> Completions:
         texts=c.texts,
         turn=None if c.turn is None else c.turn.cpu(),
         ancestors=None if c.ancestors is None else c.ancestors.cpu(),
-        forward_tokens=c.forward_tokens,
     )

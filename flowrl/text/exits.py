@@ -28,6 +28,7 @@ class Exits(SourceBase):
         self.inducer, self.until = inducer, until
 
     def check(self, sampler: Sampler) -> None:
+        sampler.policy.check_generation(sampler.config.generation, given="allocation.samples: exits")
         room = sampler.config.generation.max_new_tokens
         needed = len(written(sampler.policy, self.inducer, room, ended=False)) + 2
         if room <= needed:

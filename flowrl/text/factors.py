@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowrl.core.token_weights import overlong_filter, uncertain_mask
 from flowrl.text.answers import Answers
+from flowrl.text.branches import Once
 from flowrl.text.divergence import Divergence
 from flowrl.text.mixed import Resampled
 from flowrl.text.parts import Part, Stateless
@@ -83,4 +84,5 @@ FACTORS: dict[str, Callable[..., Factor]] = {
     "top_entropy": TopEntropy,
     "divergence": Divergence,
     "resampled": Resampled,
+    "once": Once,
 }

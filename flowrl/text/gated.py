@@ -5,6 +5,7 @@ Letters: B answers of the iteration, n of a micro-batch, T tokens.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from flowrl.core.token_weights import curvature_mask, low_probability_selection
 from flowrl.objective_names import arguments
 from flowrl.text.answers import Answers
 from flowrl.text.batch import Batch, ObjectiveBase, trains_later
+from flowrl.text.ranks import smallest
 from flowrl.types import Decisions, Objective, UserError
 
 __all__ = ["AnnealedMdpo", "Capo", "Drpo", "LpReg", "Rover", "TokenNft", "capo", "next_decisions"]
@@ -85,15 +87,17 @@ class TokenNft(ObjectiveBase):
 class LpReg(ObjectiveBase):
     """`flowrl.core.gates.lp_reg`: the rarest tokens of the iteration with A < 0 are held where the min-p filter of the policy's own distribution keeps them.
 
-    Which tokens are rare is known before the first update: by their log-probabilities as they were sampled, among all of this process.
+    Which tokens are rare is known before the first update: by their log-probabilities as they were sampled, among those with A < 0 of all processes, by the
+    rule of `flowrl.core.token_weights.low_probability_selection`; those equal to the last of them belong too.
     """
 
     columns: ClassVar[frozenset[str]] = frozenset({"min_p"})
 
     def begin(self, answers: Answers, advantages: Tensor) -> None:
-        sampled = answers.completions.log_prob
-        likely = torch.full_like(sampled, torch.inf)  # what the proxy says is asked in each update
-        answers.extra["rare"] = low_probability_selection(sampled, likely, advantages, answers.mask, **self.args(low_probability_selection))
+        negative = answers.mask & (advantages < 0)
+        share = self.args(low_probability_selection).get("share", 0.01)
+        count = math.floor(share * answers.add(float(negative.sum())))
+        answers.extra["rare"] = smallest(answers.completions.log_prob, negative, count if count > 1 else 0, answers.add)  # the proxy is asked in each update
 
     def __call__(self, batch: Batch) -> Objective:
         decisions, proxy = batch.decisions, batch.out.column("min_p")

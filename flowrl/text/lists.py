@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from flowrl.core.list_losses import win_rates
 from flowrl.core.regularizers import categorical_kl_estimate
-from flowrl.core.shaping import preferences, win_rate
+from flowrl.core.shaping import preferences
 from flowrl.objective_names import OBJECTIVE_NAMES, arguments, load_objective, parameters
-from flowrl.text.answers import Answers
+from flowrl.text.answers import Answers, evaluate
 from flowrl.text.batch import Batch, ObjectiveBase
 from flowrl.text.parts import Stateless
 from flowrl.types import Decisions, Objective
@@ -84,6 +85,9 @@ def _counts(name: str, members: Tensor, group: Tensor, level: Tensor | None) -> 
 class WinRate(Stateless):
     """A shaper: how often an answer beats the others of its group (SPO, Nash-MP, SPPO, DNO), see `flowrl.core.shaping.win_rate`.
 
+    An answer that is not in its group's statistics (an expert's) is compared with those that are, and they not with it: its reward is a win rate too. The
+    comparisons of one group at a time are in memory, [n, n] float64 of its n answers.
+
     Args:
         temperature: >= 0. An answer beats another with probability sigmoid(difference of their rewards / temperature); 0: the higher reward wins.
     """
@@ -96,8 +100,13 @@ class WinRate(Stateless):
     def rewards(self, answers: Answers) -> None:
         known = torch.where(answers.valid, answers.rewards, 0.0)
         rivals = answers.valid if answers.in_statistics is None else answers.valid & answers.in_statistics
-        against = win_rate(preferences(known, temperature=self.temperature), answers.group, rivals)
-        answers.rewards = torch.where(rivals, against, known)
+        found = torch.zeros_like(known)
+        for group in answers.group.unique():
+            rows = torch.nonzero(answers.group == group).squeeze(1)
+            others = rivals[rows] & ~torch.eye(len(rows), dtype=torch.bool)
+            rate, met = win_rates(preferences(known[rows], temperature=self.temperature), others)
+            found[rows] = torch.where(met, rate, 0.5)
+        answers.rewards = torch.where(answers.valid, found, 0.0)
 
     def advantages(self, answers: Answers, advantages: Tensor) -> Tensor:
         return advantages
@@ -114,19 +123,17 @@ class AnchorTerm(Stateless):
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         d: Decisions = batch.decisions
-        distance = categorical_kl_estimate(self.config.kl.form, d.log_prob, batch.of(batch.answers.extra["lagged"]))  # type: ignore[arg-type]
+        distance = categorical_kl_estimate(self.config.kl.form, d.log_prob, batch.token("lagged"))  # type: ignore[arg-type]
         return self.config.anchor.weight * distance, distance.detach()
 
     def finish(self, answers: Answers) -> None:
         pass
 
 
-@torch.no_grad()
 def measure_lagged(answers: Answers, applied: Callable[[], AbstractContextManager[None]]) -> None:
-    """What the slow copy says of all answers: ``answers.extra["lagged"]``, [B, T] float32 on the CPU, and its price in tokens."""
-    c, policy = answers.completions, answers.policy
-    with applied(), policy.in_step():
-        out = policy.token_output(c, torch.arange(len(c)), temperature=answers.config.generation.temperature)
+    """What the slow copy says of all answers, "lagged" of `Answers.token`, and its price in tokens."""
+    with applied():
+        evaluate(answers, {"log_prob": "lagged"})
+    c = answers.completions
     prompt = torch.tensor([len(tokens) for tokens in c.prompt_tokens], dtype=torch.int64)
-    answers.extra["lagged"] = out.log_prob.float().cpu()
     answers.extra["measured_tokens"] = answers.extra.get("measured_tokens", 0) + int((prompt[c.group] + c.length - 1).sum())

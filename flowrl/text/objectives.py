@@ -22,6 +22,7 @@ from flowrl.text.lists import ListObjective
 from flowrl.text.mixed import Chord, Remix, RlPlus
 from flowrl.text.pairs import PairObjective
 from flowrl.text.searched_clip import Bapo
+from flowrl.text.soft_values import Oreo
 from flowrl.types import Objective
 
 __all__ = ["TOKEN_OBJECTIVES", "Batch", "GateObjective", "GroupObjective", "ObjectiveBase", "TokenObjective", "make_objective", "renumbered"]
@@ -69,6 +70,7 @@ TOKEN_OBJECTIVES: dict[str, Callable[[Config], TokenObjective]] = {
     "clip_cov": ClipCov,
     "kl_cov": KlCov,
     "bapo": Bapo,
+    "oreo": Oreo,
     "rl_plus_off_policy": RlPlus,
     "chord": Chord,
     "remix": Remix,

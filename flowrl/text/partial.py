@@ -33,6 +33,7 @@ class PartialRollout:
     def __init__(self, config: Config, policy: CausalLmPolicy) -> None:
         assert config.partial is not None
         self.config, self.policy, self.window = config, policy, config.partial.window
+        policy.check_generation(config.generation, given="partial")
         self._open: dict[int, tuple[int, list[tuple[list[int], list[float]]]]] = {}  # group -> prompt number, what its answers begin with
         self._mine: dict[int, tuple[int, list[tuple[list[int], list[float]]]]] = {}
 

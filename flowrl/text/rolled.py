@@ -29,14 +29,14 @@ class Rolled:
     Attributes:
         shown: the prompt of each answer, as rewards see it; None = the group's.
         sampled: tokens that went through the network, in closed form from lengths.
-        extra: what the credit reads, see `Answers.extra`. metrics: of this process.
+        extra: what the credit reads, see `Answers.extra`. means: sums and counts, see `Answers.means`.
     """
 
     completions: Completions
     sampled: int
     shown: Sequence[Prompt] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Rollout(Part, Protocol):

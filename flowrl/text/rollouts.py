@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["make_rollout", "rollout_disagreements"]
 
-_OF_TURNS = ("gigpo", "igpo", "salt")
-_OWN_BASELINE = {"gae": "the values", "risk": "the bundles", "segments": "the segments' values"}
+_OF_TURNS = ("gigpo", "igpo", "salt", "turns")
+_OF_VALUES = ("gae", "soft_values")
+_OF_TREES = {"tree": "token_returns", "branches": "answer"}
+"""Credits of answers that fork, and what to use where they do not."""
+_OWN_BASELINE = {
+    "gae": "the values",
+    "risk": "the bundles",
+    "segments": "the segments' values",
+    "soft_values": "the values",
+    "branches": "the branches",
+}
 
 
 def make_rollout(
@@ -55,12 +64,16 @@ def rollout_disagreements(config: Config) -> Iterator[str]:
         yield "rewards: episode is what an environment gives, and there is none; set environment, or choose another reward"
     if credit.name in _OF_TURNS and config.environment is None:
         yield f"token_credit: {credit.name} is of turns in an environment; set environment, or use answer"
-    if credit.name == "tree" and config.tree is None:
-        yield "token_credit: tree is of answers that fork; set tree, or use token_returns"
-    if credit.name == "gae" and config.value is None:
-        yield "token_credit: gae needs values; set value: {}"
-    if config.value is not None and credit.name != "gae":
+    if credit.name in _OF_TREES and config.tree is None:
+        yield f"token_credit: {credit.name} is of answers that fork; set tree, or use {_OF_TREES[credit.name]}"
+    if credit.name in _OF_VALUES and config.value is None:
+        yield f"token_credit: {credit.name} needs values; set value: {{}}"
+    if config.value is not None and credit.name not in _OF_VALUES:
         yield f"value: token_credit: {credit.name} does not read it; use gae, or leave it out"
+    if (config.objective.name == "oreo") != (credit.name == "soft_values"):
+        yield "token_credit: soft_values and objective oreo fit a policy and its values to each other; set both, or neither"
+    if credit.name != "branches" and any(part.name == "once" for part in config.tokens.weights):
+        yield "tokens.weights: once is of tokens that branches share; set token_credit: {name: branches}, or leave it out"
     if config.partial is not None and credit.name != "gae":
         yield f"partial: an answer that goes on has no reward yet, and token_credit: {credit.name} needs one; use gae"
     if config.partial is not None and "fresh" not in {part.name for part in config.tokens.weights}:
@@ -71,8 +84,8 @@ def rollout_disagreements(config: Config) -> Iterator[str]:
         yield "advantage: with token_credit: consistency it is centre: group, scale: group_std"
     if credit.name == "consistency" and config.objective.name not in OBJECTIVES:
         yield f"token_credit: consistency adds up two losses, which {config.objective.name} cannot; use clipped_surrogate"
-    if credit.name == "gigpo" and (a.centre != "group" or a.scale not in ("none", "group_std")):
-        yield "advantage: with token_credit: gigpo it is centre: group, and scale: none or group_std"
+    if credit.name in ("gigpo", "turns") and (a.centre != "group" or a.scale not in ("none", "group_std")):
+        yield f"advantage: with token_credit: {credit.name} it is centre: group, and scale: none or group_std"
     if credit.name == "tree" and (a.centre, a.scale) != ("group", "none"):
         yield "advantage: with token_credit: tree it is centre: group, scale: none"
     if credit.name == "igpo" and (a.centre, a.scale) != ("group", "none"):

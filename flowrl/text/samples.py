@@ -120,7 +120,6 @@ def picked(parts: Sequence[Samples], picks: Sequence[Pick]) -> Samples:
         log_prob=wide([c.log_prob for c in every]),
         texts=tuple(every[p].texts[row] for p, row, _ in order),
         turn=turn,
-        forward_tokens=sum(c.forward_tokens for c in every),
     )
     group = torch.tensor([number for _, _, number in order], dtype=torch.int64)
     scores = {name: _scores([part.scores[name] for part in parts], order) for name in parts[0].scores}

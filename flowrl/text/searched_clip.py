@@ -38,14 +38,12 @@ class Bapo(ObjectiveBase):
         self.all = torch.zeros(2, dtype=torch.float64)
         self.low, self.high = (float(value) for value in self.candidates[0])
         self._seen: list[Tensor] = []
-        self._open = False
 
     def begin(self, answers: Answers, advantages: Tensor) -> None:
-        self.finish(answers)
         now = torch.tensor([answers.add(float(part.double().sum())) for part in (advantages.clamp_min(0), -advantages.clamp_max(0))], dtype=torch.float64)
         left = torch.where(self.all > 0, self.kept / torch.where(self.all > 0, self.all, 1.0), 1.0)
         low, high = choose_bounds(self.candidates, left * now, **self.args(choose_bounds))
-        self.low, self.high, self._open = float(low), float(high), True
+        self.low, self.high = float(low), float(high)
 
     def __call__(self, batch: Batch) -> Objective:
         decisions = self.leveled(batch.decisions)
@@ -56,21 +54,14 @@ class Bapo(ObjectiveBase):
         return clipped_surrogate(decisions, **(self.bounds() | {"clip_low": 1 - self.low, "clip_high": self.high - 1}))
 
     def finish(self, answers: Answers) -> None:
-        """Statistics of all processes, once after the updates of an iteration. `begin` does it where nobody has."""
-        if not self._open:
-            return
-        self._open = False
-        here = self._sums()
+        """Statistics of all processes: [K + 1, 2], those of the later updates, the last without bounds."""
+        none = torch.zeros(len(self.candidates) + 1, 2, dtype=torch.float64)
+        here = torch.stack([none, *(part.cpu() for part in self._seen)]).sum(0)
         found = torch.tensor([answers.add(float(value)) for value in here.flatten()], dtype=torch.float64).view_as(here)
         self.kept, self.all, self._seen = found[:-1], found[-1], []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "all": self.all, "seen": self._sums(), "open": self._open}
+        return {"kept": self.kept, "all": self.all}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kept, self.all, self._seen, self._open = state["kept"], state["all"], [state["seen"]], state["open"]
-
-    def _sums(self) -> Tensor:
-        """[K + 1, 2]: statistics of this process's later updates, the last without bounds."""
-        none = torch.zeros(len(self.candidates) + 1, 2, dtype=torch.float64)
-        return torch.stack([none, *(part.cpu() for part in self._seen)]).sum(0)
+        self.kept, self.all = state["kept"], state["all"]

@@ -61,10 +61,13 @@ class SegmentRollout(Stateless):
 
     Args:
         score: rewards answers (their prompts, the answers), at once.
+    Raises:
+        UserError: the model cannot go on from tokens that are given.
     """
 
     def __init__(self, config: Config, policy: CausalLmPolicy, credit: SegmentCredit, score: Callable[[Sequence[Prompt], Completions], Scores]) -> None:
         self.config, self.policy, self.credit, self.score = config, policy, credit, score
+        policy.check_generation(config.generation, given="token_credit: segments")
 
     def groups(self, fresh: list[int]) -> list[int]:
         """As they come."""

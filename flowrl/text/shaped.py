@@ -17,7 +17,7 @@ from flowrl.core.length_shaping import LengthHistory, history_length, length_ran
 from flowrl.core.shaping import constraint_gate, exit_decay, gate_product, rank_unlikely
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
-from flowrl.text.samples import EXPERT
+from flowrl.text.samples import EXPERT, FRESH
 from flowrl.types import UserError
 
 __all__ = [
@@ -45,6 +45,14 @@ def sampled_likelihood(answers: Answers) -> Tensor:
     """[B] float64, mean log-probability of the sampled tokens under the policy that sampled them, as the engine said it."""
     log_prob = torch.where(answers.mask, answers.completions.log_prob.double(), 0.0)
     return log_prob.sum(1) / answers.lengths.clamp_min(1)
+
+
+def own_answers(answers: Answers) -> Tensor:
+    """[B] bool: what the policy has said by itself and no earlier iteration has trained; not an expert's, not with a hint, not replayed."""
+    if answers.origin is None:
+        return torch.ones(len(answers), dtype=torch.bool)
+    fresh, carried = answers.origin == FRESH, answers.extra.get("carried")
+    return fresh if carried is None else fresh | (carried > 0)
 
 
 class ShaperBase(Stateless):
@@ -80,6 +88,8 @@ class LengthRank(ShaperBase):
 class HistoryLength(ShaperBase):
     """HAPO (arXiv:2505.11225): `history_length` is added, from what right answers to the prompt have needed on all processes.
 
+    All answers are shaped; the history learns from the policy's own alone, from each once, see `own_answers`.
+
     Args:
         weight, floor: see `history_length`. mode: see `LengthHistory.target`. threshold: a reward above it is a right answer.
     """
@@ -94,15 +104,16 @@ class HistoryLength(ShaperBase):
 
     def rewards(self, answers: Answers) -> None:
         correct, length, prompt = right(answers, self.threshold), answers.lengths.double(), answers.indices[answers.group]
-        every = (torch.cat(column) for column in zip(*answers.gather((prompt, length, correct, answers.valid)), strict=True))
-        prompts, lengths, corrects, valids = every
+        learned = answers.valid & own_answers(answers)
+        every = (torch.cat(column) for column in zip(*answers.gather((prompt, length, correct, learned)), strict=True))
+        prompts, lengths, corrects, known = every
         missing = int(prompts.max()) + 1 - len(self.history.count)
         if missing > 0:
             more = LengthHistory.empty(missing)
             self.history = LengthHistory(*(torch.cat([getattr(self.history, name), getattr(more, name)]) for name in ("shortest", "total", "count")))
         target = self.history.target(self.mode)[prompt]
         answers.rewards = answers.rewards + history_length(length, correct, target, weight=self.weight, floor=self.floor)
-        self.history = self.history.updated(prompts, lengths, corrects, valids)
+        self.history = self.history.updated(prompts, lengths, corrects, known)
 
     def state_dict(self) -> dict[str, Any]:
         return self.history.state_dict()

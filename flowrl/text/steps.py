@@ -41,7 +41,7 @@ def step_numbers(answers: Answers, by: Literal["line", "turn"] | int) -> Tensor:
 class StepGate(Stateless):
     """EMPG (arXiv:2509.09265): sure steps learn more, unsure ones less, and steps that lead to sure ones are favoured, see `gate_steps`.
 
-    All steps of all processes make one batch. Advantages of answers are those of `advantage`.
+    All trained steps of all processes make one batch. Advantages of answers are those of `advantage`.
 
     Args:
         step: "line", "turn" or a number of tokens, see `step_numbers`. gate, clarity, bonus: k, k' and zeta, >= 0.
@@ -60,7 +60,7 @@ class StepGate(Stateless):
         step = step_numbers(answers, self.step)
         num_steps = int(step.max()) + 1
         entropy, present = step_entropy(answers.token("entropy").double(), step, answers.mask, num_steps)
-        present = present & answers.valid[:, None]
+        present = present & (answers.valid & answers.train)[:, None]
         parts = answers.gather((answers.numbers[0], sample_advantages(answers, estimator), entropy, present))
         width = max(part[2].shape[1] for part in parts)
         wide = [torch.nn.functional.pad(part[2], (0, width - part[2].shape[1])) for part in parts]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from flowrl.config import Config
-from flowrl.core.token_advantages import masked_moments, tree_advantages, whiten
+from flowrl.core.token_advantages import tree_advantages
 from flowrl.estimation import Estimator
 from flowrl.seeds import generator
-from flowrl.text.advantages import summed_moments
+from flowrl.text.advantages import whitened
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.text.rolled import Path, Rolled, collected, continuation_tokens
@@ -33,11 +33,15 @@ class TreeRollout(Stateless):
 
     At the prompt and at the end of each segment, an answer that is under way may go on as several, until the group has all its leaves; who forks is drawn.
     When no answer is under way and leaves are missing, random leaves are begun anew from a random end of a segment, and do not fork any more.
+
+    Raises:
+        UserError: the model cannot go on from tokens that are given.
     """
 
     def __init__(self, config: Config, policy: CausalLmPolicy) -> None:
         assert config.tree is not None
         self.config, self.policy, self.tree = config, policy, config.tree
+        policy.check_generation(config.generation, given="tree")
 
     def groups(self, fresh: list[int]) -> list[int]:
         """As they come."""
@@ -146,6 +150,4 @@ class TreeCredit(Stateless):
         )
         if not self.whitened:
             return found
-        counted = answers.mask & answers.valid[:, None]
-        spread = found[:, None].expand_as(counted)
-        return whiten(spread, counted, moments=masked_moments(spread, counted, add=summed_moments(answers)))
+        return whitened(answers, found[:, None].expand_as(answers.mask))

@@ -1,4 +1,4 @@
-"""Credit of an agent's turns: GiGPO, IGPO, SALT. Their episodes are those of flowrl/text/agents.py.
+"""Credit of an agent's turns: GiGPO, IGPO, SALT, Step-GRPO. Their episodes are those of flowrl/text/agents.py.
 
 Letters: B episodes, T tokens, S turns of the longest one.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowrl.core.agent_credit import gigpo, merged_advantages, turn_advantages, turn_gains
+from flowrl.core.agent_credit import gigpo, merged_advantages, step_zscore, turn_advantages, turn_gains
 from flowrl.core.token_advantages import steps_to_decisions
 from flowrl.environments import Episodes
 from flowrl.estimation import Estimator
@@ -20,7 +20,7 @@ from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.types import Completions
 
-__all__ = ["GigpoCredit", "IgpoCredit", "SaltCredit"]
+__all__ = ["GigpoCredit", "IgpoCredit", "SaltCredit", "TurnCredit"]
 
 
 def _episodes(answers: Answers) -> tuple[Episodes, Tensor]:
@@ -69,6 +69,21 @@ class GigpoCredit(Stateless):
             ddof=a.ddof,
             singleton=a.singleton,
         )
+        return steps_to_decisions(found, turn, answers.mask)
+
+
+class TurnCredit(Stateless):
+    """Step-GRPO (arXiv:2505.22095): what the environment gave for a turn, compared with the same turn of the group's other episodes, see `step_zscore`.
+
+    The rewards of whole episodes are not read. `advantage.scale` says whether it is divided by the spread (group_std) or not (none); eps and ddof are those of
+    `advantage`.
+    """
+
+    def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
+        episodes, turn = _episodes(answers)
+        a, rewards = answers.config.advantage, episodes.step_rewards.double()
+        divide = a.scale == "group_std"
+        found = step_zscore(rewards, answers.group, answers.valid, episodes.present, answers.num_groups, normalize=divide, eps=a.eps, ddof=a.ddof)
         return steps_to_decisions(found, turn, answers.mask)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.config import Config
-from flowrl.core.token_advantages import gae, length_lambda, masked_moments, truncated_masks, value_loss, whiten
+from flowrl.core.token_advantages import gae, length_lambda, masked_moments, truncated_masks, value_loss
 from flowrl.estimation import Estimator
 from flowrl.seeds import generator
-from flowrl.text.advantages import sample_advantages, summed_moments, token_rewards
+from flowrl.text.advantages import sample_advantages, summed_moments, token_rewards, whitened
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
 from flowrl.text_sections import ValueConfig
@@ -168,9 +168,7 @@ class GaeCredit(Stateless):
         config = answers.config.value
         if config is not None and answers.iteration <= config.warmup_iterations:
             answers.train = torch.zeros_like(answers.train)
-        if not self.whitened:
-            return found.advantages
-        return whiten(found.advantages, counted, moments=masked_moments(found.advantages, counted, add=summed_moments(answers)))
+        return whitened(answers, found.advantages) if self.whitened else found.advantages
 
 
 class Fresh(Stateless):
