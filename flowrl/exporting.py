@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import distribution
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from flowrl.figures import write_readme_figures, write_reward_curve
 from flowrl.gallery import load_pairs
 from flowrl.policies.base import DiffusionPolicy
 from flowrl.policies.families import make_policy
+from flowrl.policies.language_models import located
 from flowrl.policies.pipelines import DTYPE_KEYWORD, resolve_model_path
 from flowrl.results import headline_tiles, score_text
 from flowrl.run_records import Run, evaluated_policy, half_width, is_evaluated, load_run, unique
@@ -214,6 +216,10 @@ def _with_base(lines: list[str], path: str) -> list[str]:
     if path.startswith("flowrl:"):
         place = f'base = Path(flowrl.__file__).parent / "assets" / "{path.removeprefix("flowrl:")}"'
         return ["from pathlib import Path", "", "import flowrl", *lines, place]
+    if path.startswith("package:"):
+        name = path.removeprefix("package:")
+        inside = Path(located(path)).relative_to(str(distribution(name).locate_file("")))
+        return ["from importlib.metadata import distribution", "", *lines, f"base = str(distribution({name!r}).locate_file({inside.as_posix()!r}))"]
     known = Path(path).expanduser()
     return [*lines, f"base = {str(known.resolve()) if known.exists() else path!r}"]
 

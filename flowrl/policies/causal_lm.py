@@ -400,7 +400,8 @@ class CausalLmPolicy(TrainedPolicy):
         model, is_lora = self.network.model, self.config.adapter == "lora"
         with self._writing(folder):
             if form == "lora" or (form is None and is_lora):
-                state = {f"base_model.model.{name}": cast(name, value, dtype) for name, value in get_peft_model_state_dict(model).items()}
+                found = get_peft_model_state_dict(model, save_embedding_layers=False)  # of the adapter alone: where the base model lies is not asked
+                state = {f"base_model.model.{name}": cast(name, value, dtype) for name, value in found.items()}
                 save_file({name: value.contiguous() for name, value in state.items()}, folder / _ADAPTER, metadata={"format": "pt"})
                 (folder / "adapter_config.json").write_text(json.dumps(self._lora_facts(), indent=2, sort_keys=True) + "\n")
             else:

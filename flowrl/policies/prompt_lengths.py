@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import AutoTokenizer
-
-from flowrl.policies.language_models import located, rendered
+from flowrl.policies.language_models import load_tokenizer, rendered
 from flowrl.policies.pipelines import UNUSABLE, advice, first_line
 from flowrl.types import Prompt, UserError
 
@@ -20,7 +18,7 @@ def prompt_lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:
         UserError: the tokenizer cannot be loaded, or refuses a prompt.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(located(path))
+        tokenizer = load_tokenizer(path)
     except (*UNUSABLE, ImportError) as error:
         raise UserError(f"model.path: the tokenizer of {path} could not be loaded: {first_line(error)}{advice(error)}") from error
     if tokenizer.chat_template is None:

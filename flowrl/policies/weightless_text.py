@@ -9,10 +9,10 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from flowrl.policies import causal_lm
-from flowrl.policies.language_models import located
+from flowrl.policies.language_models import load_config, load_tokenizer
 from flowrl.policies.pipelines import UNUSABLE, advice, first_line
 from flowrl.types import UserError
 
@@ -33,8 +33,7 @@ def _without_weights(path: str, dtype: torch.dtype, attention: str | None) -> tu
     """As `flowrl.policies.language_models.load_language_model`, with parameters that are never filled."""
     try:
         with unset_fake_temporarily():
-            where = located(path)
-            config, tokenizer = AutoConfig.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+            config, tokenizer = load_config(path), load_tokenizer(path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **({} if attention is None else {"attn_implementation": attention}))
     except (*UNUSABLE, ImportError) as error:
         raise UserError(f"model.path: the config of {path} could not be read as a language model: {first_line(error)}{advice(error)}") from error
