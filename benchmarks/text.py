@@ -61,22 +61,6 @@ def methods() -> list[str]:
     return [name for name, method in list_methods().items() if method.config.get("likelihood") == "token"]
 
 
-class _Counter:
-    """Tokens that a policy has sampled."""
-
-    def __init__(self, policy: Any) -> None:
-        self.tokens = 0
-        generate = policy.generate
-
-        def counted(prompts: Any, counts: Any, settings: Any, generators: Any, prefix: Any = None, **more: Any) -> Any:
-            found = generate(prompts, counts, settings, generators, prefix, **more)
-            known = sum(len(part) for part in prefix) if prefix is not None and more.get("prefix_log_prob") is not None else 0
-            self.tokens += int(found.mask.sum()) - known
-            return found
-
-        policy.generate = counted
-
-
 def evaluate(trainer: Trainer) -> dict[str, tuple[float, float]]:
     """Split -> (accuracy, half width of the 95 % interval clustered by prompt)."""
     found = {}
@@ -108,14 +92,14 @@ def train_one(method: str, seed: int, runs: Path, tokens: int) -> None:
     started = time.perf_counter()
     trainer = Trainer(load_config(CONFIG, settings))
     before = evaluate_untrained(trainer)
-    counter = _Counter(trainer.policy)
-    rewards, wasted, iteration = [], 0, 0
-    while counter.tokens < tokens:
+    rewards, wasted, iteration, sampled = [], 0, 0, 0
+    while sampled < tokens:
         iteration += 1
         metrics, _ = trainer.iterate(iteration)
+        sampled += metrics["tokens/sampled"]
         rewards.append(metrics["reward/total/mean"])
         wasted += metrics["nfe/used"] - metrics["nfe/minimum"]
-    sampled, after = counter.tokens, evaluate(trainer)
+    after = evaluate(trainer)
     trainer.close()
     facts = {"method": method, "seed": seed, "budget": tokens, "tokens": sampled, "iterations": iteration, "before": before, "after": after, "rewards": rewards}
     facts |= {

@@ -105,7 +105,10 @@ def _facts(info: RewardInfo) -> Iterator[tuple[str, str]]:
         + ", higher is better"
         + ("; the negative of the published measure, of which lower is better" if info.direction == "lower" else ""),
     )
-    yield "reads", ", ".join(info.reads) + (f"; without {', '.join(info.metadata)} in the metadata it cannot score" if info.metadata else "")
+    yield (
+        "reads",
+        (", ".join(info.reads) or "it does not say") + (f"; without {', '.join(info.metadata)} in the metadata it cannot score" if info.metadata else ""),
+    )
     yield "compares", _SCOPES[info.scope]
     yield "gradient", "yes" if info.differentiable else "no"
     if info.weights:

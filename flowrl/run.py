@@ -212,5 +212,6 @@ def _warnings(trainer: Trainer, metrics: dict[str, Any]) -> Iterator[tuple[str, 
     if metrics["iteration"] in (10, trainer.config.training.iterations):
         for line in trainer.monitor.warnings():
             yield f"constant {line}", line
-    if metrics["reward/invalid"]:
-        yield "invalid", f"{metrics['reward/invalid']} samples of iteration {metrics['iteration']} could not be scored and were left out"
+    invalid = max(metrics["reward/invalid"], metrics.get("trained/reward/invalid", 0))
+    if invalid:
+        yield "invalid", f"{invalid} samples of iteration {metrics['iteration']} could not be scored and were left out"

@@ -25,7 +25,7 @@ from flowrl.data import load_prompts
 from flowrl.picture_files import find_pictures, picture_size, read_picture
 from flowrl.types import Prompt, Reward, SampleBatch, Scores, UserError
 from rewards.composite import Entry, WeightedRewards
-from rewards.registry import FunctionReward, load_reward
+from rewards.registry import load_reward
 
 __all__ = ["Item", "Row", "Summary", "make_rewards", "pick_device", "picture_items", "progress_bar", "score_items", "text_items", "write_scores"]
 
@@ -136,8 +136,7 @@ def make_rewards(wanted: Sequence[tuple[str, Mapping[str, Any]]], items: Sequenc
     for name, reward in made:
         if name in _OWN_COLUMNS:
             raise UserError(f"reward {name} has the name of a column of the output; name it by its import string")
-        if not isinstance(reward, FunctionReward):  # a function does not say what it reads
-            _check_reads(name, reward, items)
+        _check_reads(name, reward, items)
     rewards = WeightedRewards([Entry(name, 0.0, reward, batch_size=batch_size) for name, reward in made])
     rewards.check_prompts([item.prompt for item in items])
     return rewards

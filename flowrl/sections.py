@@ -276,7 +276,19 @@ class GenerationConfig(Section):
     importance_low: NonNegativeFloat = Field(
         0.0, description="the least that a weight is; below it counts as that (truncated) or as nothing (masked; 0.5 is usual)"
     )
-    importance_high: PositiveFloat = Field(2.0, description="the most that a weight is; beyond it counts as that (truncated) or as nothing (masked)")
+    importance_high: PositiveFloat = Field(
+        2.0, validate_default=True, description="the most that a weight is; beyond it counts as that (truncated) or as nothing (masked)"
+    )
+
+    @field_validator("importance_high")
+    @classmethod
+    def _above_the_least(cls, value: float, info: ValidationInfo) -> float:
+        least = info.data.get("importance_low", 0.0)
+        if value <= least:
+            raise PydanticCustomError(
+                "importance_range", "{value} is not above importance_low, {least}, so no weight is between them", {"value": value, "least": least}
+            )
+        return value
 
     @field_validator("min_new_tokens")
     @classmethod

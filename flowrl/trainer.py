@@ -121,14 +121,16 @@ class Trainer:
         if config.objective.name in DIRECT_OBJECTIVES:
             rewards.require_differentiable()
         eval_rewards = build_rewards(config.evaluation.rewards, share=config.rewards, of=rewards) if config.evaluation.rewards else rewards
+        medium = family_of(config.model).medium
         for each in (rewards, eval_rewards):
-            each.require_medium(family_of(config.model).medium)
+            each.require_medium(medium)
         if not self.samples_stored:
             rewards.check_prompts(self.prompts)
         for split in self.splits.values():
             eval_rewards.check_prompts(split)
         for each in (rewards, eval_rewards):
             each.load(self.accelerator.device)
+            each.require_medium(medium)  # one behind an endpoint knows only now what it reads
         return rewards, eval_rewards
 
     def close(self) -> None:
@@ -179,7 +181,7 @@ class Trainer:
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values["nfe/forward"], values["nfe/backward"] = used_forward, used_backward
         values["nfe/used"] = used_forward + used_backward
-        idle, all_valid = self.idle_rows - idle_before, metrics["reward/invalid"] == 0
+        idle, all_valid = self.idle_rows - idle_before, metrics.get("trained/reward/invalid", metrics["reward/invalid"]) == 0
         values["nfe/minimum"] = self.engine.minimum_nfe(assigned, len(indices), iteration, idle, all_valid)
         values["nfe/minimum"] += int(self._sum(rows.idle - before.idle - measured.idle))  # of sharded networks, see `Company`
         if self.config.reward_weights.kind == "gradient":

@@ -87,7 +87,8 @@ class RewardInfo:
         source: the paper, and what else defines the measure.
         weights: what it loads, each a hub id ``owner/name`` or ``owner/name:file``, or an installed package. weights_license: of these.
         parameters: of its networks, in all.
-        reads: the parts of a sample that it looks at. metadata: keys of the prompt's metadata without which it cannot score.
+        reads: the parts of a sample that it looks at; empty = not known, so nothing is refused for it.
+        metadata: keys of the prompt's metadata without which it cannot score.
         scope: whether a sample is scored alone, or beside others of its pair or group.
         runs_on: "device" = where the config says; "cpu" = an engine that knows no other device; "network" = elsewhere, so this process only waits.
         batch_size: samples a call, if the config says nothing.

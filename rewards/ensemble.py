@@ -56,7 +56,7 @@ class Ensemble:
             weights=tuple(dict.fromkeys(weight for info in infos for weight in info.weights)),
             weights_license="; ".join(dict.fromkeys(info.weights_license for info in infos if info.weights_license)),
             parameters=sum(info.parameters for info in infos),
-            reads=tuple(dict.fromkeys(part for info in infos for part in info.reads)) or ("prompt", "images"),
+            reads=tuple(dict.fromkeys(part for info in infos for part in info.reads)) if all(info.reads for info in infos) else (),
             metadata=tuple(dict.fromkeys(key for info in infos for key in info.metadata)),
             batch_size=min((info.batch_size for info in infos), default=64),
         )

@@ -86,7 +86,7 @@ class FunctionReward:
         self.function = function
         plain = function.func if isinstance(function, functools.partial) else function
         description = (inspect.getdoc(plain) or "a function without a docstring").splitlines()[0]
-        self.info = RewardInfo(name=name, description=description, low=float("-inf"), high=float("inf"), source=source)
+        self.info = RewardInfo(name=name, description=description, low=float("-inf"), high=float("inf"), source=source, reads=())
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Nothing to load."""

@@ -119,6 +119,7 @@ class RemoteReward:
             low=-math.inf,
             high=math.inf,
             batch_size=(samples_per_request or _SAMPLES) * concurrency * max(1, len(self._urls)),
+            reads=(),
             runs_on="network",
             extra="remote",
         )

@@ -150,6 +150,7 @@ class WinRate:
             low=0.0,
             high=1.0,
             source="Pref-GRPO, arXiv:2508.20751",
+            reads=("prompt", "images") if reward is None else (),
             scope="group",
             runs_on="device" if url is None else "network",
             extra="" if url is None else "remote",

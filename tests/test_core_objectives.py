@@ -103,6 +103,7 @@ def test_a_bad_decision_that_grew_by_more_than_e_to_the_20_moves_nothing():
     torch.testing.assert_close(result.loss.detach(), torch.tensor([[math.exp(19.0), math.exp(20.0), math.exp(20.0)]]))
     result.loss.sum().backward()
     torch.testing.assert_close(log_prob.grad, torch.tensor([[math.exp(19.0), 0.0, 0.0]]))
+    assert result.metrics["clipped_high"].tolist() == [[0.0, 1.0, 1.0]]
 
 
 def test_metrics_carry_no_gradient():

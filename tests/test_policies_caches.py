@@ -169,10 +169,21 @@ def test_a_run_whose_answers_begin_with_given_tokens_does_not_start_with_a_state
 @pytest.mark.parametrize(("kind", "name"), [("mamba", "MambaForCausalLM"), ("rwkv", "RwkvForCausalLM"), ("bart", "BartForCausalLM")])
 def test_a_model_that_says_something_else_with_a_cache_is_refused_by_name(build: Callable[[str], Path], kind: str, name: str):
     policy = make_policy(build(kind), adapter="full")
-    message = rf"^model.path: {name} does not say with a cache of its tokens what it says of whole texts, so that it cannot be sampled here; use a decoder"
+    message = (
+        rf"^model.path: {name} does not say with a cache of its tokens what it says of whole texts \(.+\), so that it cannot be sampled here; use a decoder"
+    )
     with pytest.raises(UserError, match=message):
         policy.check_generation(GenerationConfig(max_new_tokens=4))
     policy.check_generation(GenerationConfig(max_new_tokens=4, engine="vllm"))  # which has a cache of its own
+
+
+def test_memory_that_runs_out_is_no_property_of_the_model(build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("flowrl.policies.decoding_check.Batch.begin", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_policy(build("lfm2"))
 
 
 def test_an_encoder_with_a_decoder_is_no_causal_language_model(build: Callable[[str], Path]):

@@ -12,6 +12,9 @@ import torch
 
 from flowrl.types import Prompt, RewardInfo, SampleBatch, Scores, UserError
 from rewards.composite import Entry, WeightedRewards, join_scores
+from rewards.registry import FunctionReward
+from rewards.remote import RemoteReward
+from rewards.win_rate import WinRate
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -290,3 +293,21 @@ def test_prompts_are_looked_at_before_anything_is_loaded() -> None:
         weighted.check_prompts([*good, Prompt("4 + 4?"), Prompt("5 + 5?", {"Answer": 1})])
     with pytest.raises(UserError, match="reward picky: 'hello' asks nothing"):
         weighted.check_prompts([*good, Prompt("hello", {"answer": ""})])
+
+
+def test_only_a_reward_that_says_what_it_reads_is_refused_for_the_other_medium() -> None:
+    class Reads(FunctionReward):
+        def __init__(self, *reads: str) -> None:
+            super().__init__("mine", lambda batch: [0.0] * len(batch.prompts))
+            self.info = dataclasses.replace(self.info, reads=reads)
+
+    for reads in ((), ("metadata",), ("images", "texts")):
+        for made in ("images", "text"):
+            WeightedRewards([("mine", 1.0, Reads(*reads))]).require_medium(made)
+    assert (
+        FunctionReward("f", lambda batch: []).info.reads == RemoteReward(url="http://localhost:1").info.reads == WinRate(reward="exact_match").info.reads == ()
+    )
+    for reads, made, judged in (("images", "text", "pictures, and a language model"), ("texts", "images", "texts, and an image generator")):
+        WeightedRewards([("mine", 1.0, Reads("prompt", reads))]).require_medium("text" if made == "images" else "images")
+        with pytest.raises(UserError, match=f"^reward mine judges {judged}"):
+            WeightedRewards([("mine", 1.0, Reads("prompt", reads))]).require_medium(made)

@@ -59,7 +59,7 @@ def test_what_one_member_cannot_score_is_invalid_and_says_who_and_why() -> None:
 
 def test_it_takes_over_what_its_members_need() -> None:
     info = Ensemble([{"name": "toys:brightness"}, {"name": "ink"}]).info
-    assert (info.scope, info.batch_size, info.reads) == ("sample", 64, ("prompt", "images"))
+    assert (info.scope, info.batch_size, info.reads) == ("sample", 64, ())
     assert Ensemble().info.name == "ensemble"
     Ensemble().check_prompts([])
     Ensemble().to(CPU)

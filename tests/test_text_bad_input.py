@@ -390,34 +390,24 @@ def test_a_method_or_a_reward_of_text_is_refused_with_the_default_model(tmp_path
 # --- settings without effect --------------------------------------------------------------------------------------------------------------------
 
 ALONE = "leave it out"
-WEIGHTS = "there are no importance weights; set generation.importance: truncated or masked, or leave it out"
+NO_WEIGHTS = "has no effect with importance weights off; set generation.importance: truncated or masked"
 PAIRS = ("method=p3o", "data.pairs=pairs.jsonl", "rollout.group_size=2")
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["generation.importance_high=3"], f"generation.importance_high: {WEIGHTS}"),
-        (["generation={importance: none, engine: vllm, importance_level: sequence}"], f"generation.importance_level: {WEIGHTS}"),
-        (["old_policy={rollout: false}"], "old_policy: it is kept and never used; set old_policy.rollout: true or anchor.weight, or old_policy: null"),
-        (
-            ["method=bapo", "objective.updates_per_iteration=1"],
-            "objective.updates_per_iteration: with 1 every ratio is 1, and the bounds that bapo searches never act; use at least 2, or clipped_surrogate",
-        ),
         (["tokens.weights=[fresh]"], f"tokens.weights: fresh leaves out tokens of earlier iterations, and without partial there are none; {ALONE}"),
         (["evaluation.num_steps=5"], f"evaluation.num_steps: it belongs to models of pictures; with likelihood: token {ALONE}"),
         (["evaluation.guidance_scale=2"], f"evaluation.guidance_scale: it belongs to models of pictures; with likelihood: token {ALONE}"),
         (["training.offload_rollouts=true"], f"training.offload_rollouts: it belongs to models of pictures; with likelihood: token {ALONE}"),
         (["method=dpo", "pairing.levels=[1]"], "pairing.levels: the rule best_worst has none; use rule: levels"),
-        (
-            ["method=dpo", "pairing.cap=2"],
-            f"pairing.cap: the rule best_worst makes at most one pair of a group; use rule: all, threshold or levels, or {ALONE}",
-        ),
         (["method=dpo", "pairing.revision=Again."], f"pairing.revision: dpo lets nobody improve a draft; {ALONE}"),
         (
             ["method=self_improving_rpo", "pairing.revision=Again.", "objective.args.alpha=1"],
             f"pairing.revision: with alpha: 1 srpo lets nobody improve a draft; {ALONE}",
         ),
+        ([*PAIRS, "pairing.cap=2"], f"pairing.cap: it says which answers of a group become pairs, and stored pairs are what they are; {ALONE}"),
         ([*PAIRS, "pairing.rule=all"], f"pairing.rule: it says which answers of a group become pairs, and stored pairs are what they are; {ALONE}"),
         (["method=dpo", "shaping=[novelty]"], f"shaping: novelty changes advantages, which objective dpo does not use; {ALONE}"),
         (["entropy.args.step=1"], "entropy.args: step belong to target or band, and there is neither; leave them out"),
@@ -458,12 +448,22 @@ def test_greedy_evaluation_is_of_language_models() -> None:
 
 
 ONE_UPDATE = "one update per iteration, whose ratios are all 1"
+ONLY_SHOWN = "rewards: arithmetic trains nothing with token_credit: turns, which reads what the environment gives for each turn; it is only shown"
 COMPARED = "compares the rewards of two answers"
 
 
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [
+        (["generation.importance_high=3"], [f"generation.importance_high {NO_WEIGHTS}"]),
+        (["generation={importance: none, engine: vllm, importance_level: sequence}"], [f"generation.importance_level {NO_WEIGHTS}"]),
+        (["old_policy={rollout: false}"], ["old_policy is kept and never used; set old_policy.rollout: true or anchor.weight, or old_policy: null"]),
+        (
+            ["method=bapo", "objective.updates_per_iteration=1"],
+            ["objective.updates_per_iteration: with 1 every ratio is 1, and the bounds that bapo searches never act; use at least 2, or clipped_surrogate"],
+        ),
+        (["method=dpo", "pairing.cap=2"], ["pairing.cap has no effect with rule best_worst, which makes at most one pair of a group"]),
+        (["method=ipo", "pairing={rule: best_random, cap: 2}"], ["pairing.cap has no effect with rule best_random, which makes at most one pair of a group"]),
         (["method=dpo", "advantage.scale=group_std"], [f"advantage.scale has no effect with objective dpo, which {COMPARED}"]),
         (["method=ipo", "advantage.clip=3"], [f"advantage.clip has no effect with objective ipo, which {COMPARED}"]),
         (["method=simpo", "objective.clip_low=0.2"], ["objective.clip_low has no effect with simpo, which has no clip"]),
@@ -493,6 +493,12 @@ COMPARED = "compares the rewards of two answers"
         (["environment={name: guess}"], ["environment: what guess gives for an episode has no effect unless `rewards` lists episode"]),
         (["environment={name: guess}", "rewards=[episode]"], []),
         (["method=gigpo"], []),  # which reads what each step gave
+        (["method=igpo"], []),  # which reads how much likelier the right answer becomes
+        (["method=salt"], ["environment: what calculator gives for an episode has no effect unless `rewards` lists episode"]),
+        (["method=step_grpo"], [ONLY_SHOWN]),
+        (["method=step_grpo", "rewards=[episode, arithmetic]"], [ONLY_SHOWN]),
+        (["method=step_grpo", "rewards=[episode, {name: arithmetic, weight: 0}]"], []),
+        (["method=step_grpo", "rewards=[episode]"], []),
     ],
 )
 def test_settings_that_change_nothing_are_named(overrides: list[str], lines: list[str]) -> None:

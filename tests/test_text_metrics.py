@@ -11,6 +11,7 @@ import torch
 from test_report import edit, make_run
 from text_runs import PROMPTS, text_config
 
+from flowrl import run
 from flowrl.checks import check_run
 from flowrl.reward_weights import RewardWeights
 from flowrl.run_records import load_run
@@ -153,6 +154,22 @@ def test_an_experts_answers_are_not_the_policys(folder: Path, monkeypatch: pytes
     assert metrics["trained/answer/length"] == pytest.approx(float(own.mask.sum() + expert.mask.sum()) / 15)
 
 
+def test_an_experts_answer_without_a_score_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(folder, monkeypatch, "allocation.samples=[expert]", "training.max_invalid_share=1.0")
+
+    def scored(prompts: Any, completions: Completions, group: Any) -> dict[str, Scores]:
+        valid = torch.full((len(completions),), len(completions) == 12)  # nothing of the expert's 3
+        values = torch.arange(len(valid)).double() / 12
+        return {"letters:Even": Scores(values, valid), "total": Scores(values, valid)}
+
+    monkeypatch.setattr(watched.trainer.engine, "scored", scored)
+    metrics = watched.iterate()
+    assert (metrics["reward/invalid"], metrics["trained/reward/invalid"]) == (0, 3)
+    assert [line for kind, line in run._warnings(watched.trainer, metrics) if kind == "invalid"] == [
+        "3 samples of iteration 1 could not be scored and were left out"
+    ]
+
+
 def test_an_answer_that_another_one_replaces_was_given_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hints are given where all have failed; helped answers take the place of failed ones, and help is not the policy."""
     watched = Watched(folder, monkeypatch, "allocation.samples=[{name: hints, args: {rule: ghpo, warmup: 0, threshold: 0.5}}]")
@@ -186,7 +203,7 @@ def test_success_and_turns_are_means_over_the_episodes_of_all_processes(folder: 
     answers.means, answers.metrics = {"episode/success": (2.0, 8.0)}, {}
     others = {2.0: 3.0, 8.0: 4.0}
     object.__setattr__(trainer.engine.setting, "add", lambda value: value + others.get(value, 0.0))
-    assert trainer.engine._metrics(answers, None)["episode/success"] == pytest.approx(5 / 12)
+    assert trainer.engine._metrics(answers, None, answers.completions.mask)["episode/success"] == pytest.approx(5 / 12)
     metrics, _ = Trainer(trainer.config).iterate(1)
     assert metrics["episode/success"] == pytest.approx(share) and metrics["episode/turns"] == 1
 
@@ -195,7 +212,8 @@ def test_the_facts_of_several_processes_by_hand(folder: Path) -> None:
     def facts(values: list[float], length: list[int], finished: list[bool]) -> Facts:
         found = torch.tensor(values)
         score = Scores(found, ~found.isnan(), {"work": 10 * found})
-        return Facts({"letters:Even": score, "total": score}, torch.tensor(length, dtype=torch.int64), torch.tensor(finished, dtype=torch.bool))
+        empty = torch.tensor([count == 0 for count in length], dtype=torch.bool)
+        return Facts({"letters:Even": score, "total": score}, torch.tensor(length, dtype=torch.int64), torch.tensor(finished, dtype=torch.bool), empty)
 
     here, there = facts([1.0, float("nan")], [4, 0], [True, False]), facts([0.0], [2], [True])
     both = Facts.join([here, there])

@@ -57,6 +57,7 @@ def clipped_surrogate(
         else:
             low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
         free = ~(low | high) & (advantages != 0)
+        high = high | (free & (log_ratio > LOG_RATIO_LIMIT))
     # the maximum of the docstring, written so that a stopped decision never touches exp: a ratio that overflows there would turn gradient 0 into NaN
     moving = torch.where(free, log_ratio, torch.zeros_like(log_ratio)).clamp_max(LOG_RATIO_LIMIT).exp()
     loss = -advantages * torch.where(free, moving, ratio.clamp(lower, upper))

@@ -135,7 +135,7 @@ class TextEngine:
         for prompts in (*(() if self.stored else (self.prompts,)), *self.splits.values()):  # one that does not fit is an error now
             self.policy.encode(prompts, config.generation)
         self.rounds = Rounds(self, self.estimator.bounds)
-        self._sampled_tokens = 0  # of the iteration, here
+        self._sampled_before = self.policy.sampled_tokens  # this iteration
         self.value = make_value(config, self.policy.hidden_size, self.accelerator)
         every = (self.prompts, *self.splits.values())
         self.rollout = make_rollout(config, self.policy, self.credit, every, lambda shown, found: self._submit(shown, found).result()["total"])
@@ -155,7 +155,7 @@ class TextEngine:
         return parts | {f"term/{term.name}": term for term in self.terms} | self.rounds.parts
 
     def groups(self, iteration: int) -> list[int]:
-        self._sampled_tokens = 0
+        self._sampled_before = self.policy.sampled_tokens
         found = self.rounds.groups(iteration)
         return found if self.rollout is None else self.rollout.groups(found)
 
@@ -192,9 +192,7 @@ class TextEngine:
             yield
 
     def generate(self, prompts: Sequence[Prompt], counts: Sequence[int], generators: Sequence[torch.Generator], **more: Any) -> Completions:
-        found = on_cpu(self.policy.generate(self.policy.encode(prompts, self.config.generation), counts, self.config.generation, generators, **more))
-        self._sampled_tokens += int(found.mask.sum())
-        return found
+        return on_cpu(self.policy.generate(self.policy.encode(prompts, self.config.generation), counts, self.config.generation, generators, **more))
 
     def scored(self, prompts: Sequence[Prompt], completions: Completions, group: Tensor) -> dict[str, Scores]:
         return self.rewards.submit(SampleBatch([prompts[g] for g in group.tolist()], texts=completions.texts, group=group)).result()
@@ -274,7 +272,6 @@ class TextEngine:
         if rolled_out.rolled is not None:
             answers.extra |= {"sampling_tokens": rolled_out.rolled.sampled, **rolled_out.rolled.extra}
             answers.means |= rolled_out.rolled.means
-            self._sampled_tokens = int((c.mask & answers.extra.get("fresh", c.mask)).sum())
         answers.extra |= {"value": self.value, "advantage_factor": self.setting.reward_weights.factor, "scored": self.scored}
         return answers
 
@@ -374,9 +371,10 @@ class TextEngine:
         said = Facts.join([nothing, *(part for some, _ in parts for part in some)])
         metrics = answer_metrics(said)
         metrics["answer/trained"] = add(float(trained.sum())) / add(float(len(answers)))
-        metrics["tokens/sampled"] = int(add(float(self._sampled_tokens)))
+        metrics["tokens/sampled"] = int(add(float(self.policy.sampled_tokens - self._sampled_before)))
         if self.selective:
             metrics |= metrics_of_samples(self.config, self.setting.reward_weights, said, Facts.join([part for _, part in parts]))
+            metrics["trained/reward/invalid"] = int(add(float((~answers.scores["total"].valid).sum())))
         metrics |= {name: add(value) / self.accelerator.num_processes for name, value in answers.metrics.items()}
         return metrics | {name: add(total) / add(count) for name, (total, count) in answers.means.items()}
 

@@ -173,7 +173,7 @@ class CausalLmPolicy(TrainedPolicy):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed during transformers 5
             enable({"use_reentrant": False})
         self.network: TokenNetwork = TokenNetwork(model.to(device))
-        self._decoding = check_decoding(self.network, self.pad, device)
+        self._decoding, self._why_not = check_decoding(self.network, self.pad, device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft finds out by itself, for GPT-2
             self._make_trainable(_linear_layers(model), keep_reference)
@@ -181,6 +181,8 @@ class CausalLmPolicy(TrainedPolicy):
         self.training_module = self.network
         self._prompt = lru_cache(_PROMPTS)(partial(_prompt_tokens, self.tokenizer, self.ends))  # of a function that does not hold the policy
         self._vllm: VllmEngine | None = None
+        self.sampled_tokens = 0
+        """Tokens that `generate` has sampled so far, whatever for; what it was given to begin with is none."""
 
     @property
     def _adapted(self) -> Any:
@@ -210,8 +212,8 @@ class CausalLmPolicy(TrainedPolicy):
         kind, ours = type(self.network.model).__name__, settings.engine == "transformers"
         if ours and self._decoding == "no":
             raise UserError(
-                f"model.path: {kind} does not say with a cache of its tokens what it says of whole texts, so that it cannot be sampled here; "
-                "use a decoder whose layers attend, or generation.engine: vllm"
+                f"model.path: {kind} does not say with a cache of its tokens what it says of whole texts ({self._why_not}), so that it cannot be sampled "
+                "here; use a decoder whose layers attend, or generation.engine: vllm"
             )
         if ours and given is not None and self._decoding != "any":
             raise UserError(
@@ -284,8 +286,12 @@ class CausalLmPolicy(TrainedPolicy):
             raise UserError(f"a text of {longest} tokens and {most}")
         if settings.engine == "vllm":
             self._vllm = self._vllm or VllmEngine(self, settings)
-            return self._vllm.generate(prompt_tokens, counts, settings, generators, prefix=prefix, prefix_log_prob=prefix_log_prob, greedy=greedy)
-        return decoding.generate(self, prompt_tokens, counts, settings, generators, prefix=prefix, prefix_log_prob=prefix_log_prob, greedy=greedy)
+            found = self._vllm.generate(prompt_tokens, counts, settings, generators, prefix=prefix, prefix_log_prob=prefix_log_prob, greedy=greedy)
+        else:
+            found = decoding.generate(self, prompt_tokens, counts, settings, generators, prefix=prefix, prefix_log_prob=prefix_log_prob, greedy=greedy)
+        known = sum(map(len, prefix)) if prefix is not None and prefix_log_prob is not None else 0
+        self.sampled_tokens += int(found.mask.sum()) - known
+        return found
 
     def new_cache(self) -> Any:
         """Of `DecodingModel`."""

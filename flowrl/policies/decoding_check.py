@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flowrl.policies.caches import GrowingCache
 from flowrl.policies.decoding import Batch
+from flowrl.policies.pipelines import first_line
 
 if TYPE_CHECKING:
     from flowrl.policies.causal_lm import TokenNetwork
@@ -61,11 +62,14 @@ class _Model:
 
 
 @torch.no_grad()
-def check_decoding(network: TokenNetwork, pad: int, device: torch.device) -> Decoding:
-    """What a cache can be used for. Some 60 tokens go through the network, before anything is trained or counted.
+def check_decoding(network: TokenNetwork, pad: int, device: torch.device) -> tuple[Decoding, str]:
+    """What a cache can be used for, and why for nothing more. 80 positions go through the network in 7 forwards, before anything is trained or counted.
 
     Padding on the left and between tokens must change nothing: it does where a layer keeps a state (Mamba) or counts places itself (learned positions of a
     decoder that is part of an encoder-decoder), and without a cache of keys and values nothing is remembered at all (RWKV).
+
+    Raises:
+        torch.OutOfMemoryError: the model leaves no room for them.
     """
     model = _Model(network, pad, device)
     size = network.model.config.get_text_config().vocab_size
@@ -73,13 +77,14 @@ def check_decoding(network: TokenNetwork, pad: int, device: torch.device) -> Dec
     prompts = [torch.arange(3, 3 + count) * 7 % size for count in _PROMPTS]
     beginnings = [torch.arange(11, 11 + count) * 5 % size for count in _BEGINNINGS]
     with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
-        if not _agrees(model, prompts, [part[:0] for part in beginnings]):
-            return "no"
-        return "any" if _agrees(model, prompts, beginnings) else "from the prompt"
+        if why := _difference(model, prompts, [part[:0] for part in beginnings]):
+            return "no", why
+        why = _difference(model, prompts, beginnings)
+    return ("from the prompt" if why else "any"), why
 
 
-def _agrees(model: _Model, prompts: Sequence[Tensor], beginnings: Sequence[Tensor]) -> bool:
-    """Whether the logits after the beginnings and one more token are those of whole texts, but for rounding."""
+def _difference(model: _Model, prompts: Sequence[Tensor], beginnings: Sequence[Tensor]) -> str:
+    """What keeps the logits after the beginnings and one more token from being those of whole texts, but for rounding; empty = nothing."""
     one, live = torch.tensor([2] * len(_ANSWERS), device=model.device), torch.ones(len(_ANSWERS), dtype=torch.bool, device=model.device)
     try:
         batch = Batch(model)
@@ -88,10 +93,13 @@ def _agrees(model: _Model, prompts: Sequence[Tensor], beginnings: Sequence[Tenso
         if any(map(len, beginnings)):
             batch.go_on(beginnings)
         batch.advance(one, live, len(_ANSWERS))
-    except _FAILURES:
-        return False
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        return first_line(error)
     texts = [torch.cat((prompts[number], beginning, one[:1].cpu())) for number, beginning in zip(_ANSWERS, beginnings, strict=True)]
     ours, theirs = (logits.log_softmax(-1) for logits in (batch.logits, model.whole(texts)))
     known = ours.isfinite() & theirs.isfinite()
-    error, spread = torch.where(known, ours - theirs, 0.0).square().mean(), torch.where(known, theirs, 0.0).var()
-    return bool(error <= (1e-4 if model.network.model.dtype == torch.float32 else 0.1) * spread.clamp_min(1e-6))
+    distance, spread = torch.where(known, ours - theirs, 0.0).square().mean(), torch.where(known, theirs, 0.0).var()
+    within = bool(distance <= (1e-4 if model.network.model.dtype == torch.float32 else 0.1) * spread.clamp_min(1e-6))
+    return "" if within else f"log-probabilities differ by {distance.sqrt().item():.2g}"

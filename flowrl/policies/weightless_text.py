@@ -24,7 +24,7 @@ def weightless_language_models() -> Iterator[None]:
     """Within it, and within `flowrl.policies.weightless.weightless`, `CausalLmPolicy` is made of a config and a tokenizer; of a model on the hub those files
     alone are read. Logits are taken to be the plain ones, and the model to be one that can be sampled.
     """
-    stand_ins: dict[str, Any] = {"load_language_model": _without_weights, "_logit_settings": lambda _: (1.0, None), "check_decoding": lambda *_: "any"}
+    stand_ins: dict[str, Any] = {"load_language_model": _without_weights, "_logit_settings": lambda _: (1.0, None), "check_decoding": lambda *_: ("any", "")}
     with patch.multiple(causal_lm, **stand_ins):
         yield
 

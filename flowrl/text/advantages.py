@@ -22,7 +22,7 @@ __all__ = ["Credit", "sample_advantages", "summed_moments", "token_rewards", "wh
 
 
 class Credit(Part, Protocol):
-    """Advantages of an iteration, before the clamp."""
+    """Advantages of an iteration, before the clamp. One whose class says ``takes_price = True`` reads `token_rewards`; the others refuse `kl.place: reward`."""
 
     def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:
         """[B] or [B, T] float64; 0 where not valid."""

@@ -66,15 +66,18 @@ def token_disagreements(config: Config) -> Iterator[str]:
         yield "critic: it judges noised pictures; with likelihood: token use `value`"
     if kl.weight > 0 and kl.form not in _TOKEN_KL:
         yield f"kl.form: {kl.form} compares velocities; with likelihood: token use {', '.join(_TOKEN_KL)}"
-    priced = any(part.name == "kl_price" for part in config.shaping)
+    priced, credit = any(part.name == "kl_price" for part in config.shaping), config.token_credit.name
+    takes_price = getattr(CREDITS.get(credit), "takes_price", False)
     if kl.weight > 0 and kl.place == "loss" and kl.form == "k1":
         yield "kl.form: k1 has no gradient on average as a term of the loss; use k2, k3 or k3_k2, or kl.place: reward"
-    if kl.weight > 0 and kl.place == "reward" and config.token_credit.name == "answer" and not priced:
+    if kl.weight > 0 and kl.place == "reward" and credit == "answer" and not priced:
         yield "kl.place: a price for every token needs a credit of tokens; set token_credit: {name: token_returns}, shaping: [kl_price], or kl.place: loss"
+    if kl.weight > 0 and kl.place == "reward" and credit != "answer" and credit in CREDITS and not takes_price:
+        yield f"kl.place: token_credit: {credit} takes no price off the reward of a token; use kl: {{place: loss, form: k3}}"
     if priced and not (kl.weight > 0 and kl.place == "reward"):
         yield "shaping: kl_price takes kl.weight off rewards; set kl: {weight: 0.03, place: reward}, or leave it out"
-    if priced and config.token_credit.name != "answer":
-        yield f"shaping: kl_price and token_credit: {config.token_credit.name} would both take the price; leave one of them out"
+    if priced and takes_price:
+        yield f"shaping: kl_price and token_credit: {credit} would both take the price; leave one of them out"
     yield from _of_the_entropy(config)
     if o.ratio in ("seq_mean", "seq_sum") and config.token_credit.name != "answer":
         yield f"objective.ratio: {o.ratio} moves whole answers, and token_credit: {config.token_credit.name} differs within them; use seq_mean_token"

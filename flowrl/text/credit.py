@@ -6,6 +6,7 @@ Letters: B answers, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -42,6 +43,8 @@ class TokenReturns(Stateless):
     Args:
         gamma: discount, in (0, 1]. whitened: divide by the spread of all tokens and subtract their mean.
     """
+
+    takes_price: ClassVar[bool] = True
 
     def __init__(self, gamma: float = 1.0, whitened: bool = True) -> None:
         if not 0 < gamma <= 1:

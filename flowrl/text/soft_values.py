@@ -33,7 +33,7 @@ class SoftValueCredit(Stateless):
 
     The run's `value` learns R - beta times the log-ratio of the policy to the reference over this and all later tokens, whose square with it is
     `flowrl.core.soft_values.oreo_critic`. The objective `oreo` gets the reward as the advantage of every token, and the values as they were when the iteration
-    began. In the first `value.warmup_iterations` only the value learns.
+    began. Both are fitted to the reward within `advantage.clip`. In the first `value.warmup_iterations` only the value learns.
     """
 
     needs = frozenset({"hidden", "log_prob", "reference"})
@@ -42,7 +42,8 @@ class SoftValueCredit(Stateless):
         head: ValueHead = answers.extra["value"]
         rewards, counted = sample_advantages(answers, estimator), answers.mask & answers.valid[:, None]
         ratio = torch.where(counted, answers.token("log_prob").double() - answers.token("reference").double(), 0.0)
-        returns = rewards[:, None] - _beta(answers.config) * ratio.flip(1).cumsum(1).flip(1)
+        clip = answers.config.advantage.clip
+        returns = rewards.clamp(-clip, clip)[:, None] - _beta(answers.config) * ratio.flip(1).cumsum(1).flip(1)
         values = head.values(answers.token("hidden"), answers.mask)
         answers.extra["soft_values"] = values
         answers.extra["value_targets"] = ValueTargets(values, returns.float(), counted)

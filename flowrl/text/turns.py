@@ -75,8 +75,8 @@ class GigpoCredit(Stateless):
 class TurnCredit(Stateless):
     """Step-GRPO (arXiv:2505.22095): what the environment gave for a turn, compared with the same turn of the group's other episodes, see `step_zscore`.
 
-    The rewards of whole episodes are not read. `advantage.scale` says whether it is divided by the spread (group_std) or not (none); eps and ddof are those of
-    `advantage`.
+    `rewards` are not read: they are only shown, and say which episodes have a score. `advantage.scale` says whether it is divided by the spread (group_std) or
+    not (none); eps and ddof are those of `advantage`.
     """
 
     def __call__(self, answers: Answers, estimator: Estimator) -> Tensor:

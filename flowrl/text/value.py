@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,7 @@ class GaeCredit(Stateless):
     """
 
     needs = frozenset({"hidden", "log_prob"})
+    takes_price: ClassVar[bool] = True
 
     def __init__(
         self, gamma: float = 1.0, lam: float | Literal["length"] = 0.95, value_lam: float | None = None, alpha: float = 0.05, whitened: bool = True
