@@ -413,7 +413,7 @@ def test_the_embedded_model_answers():
 
 def test_models_that_cannot_be_loaded_are_one_clear_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cases = {
-        "./nowhere": "model.path: ./nowhere does not exist; give a folder, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or flowrl:tiny-lm",
+        "./nowhere": "model.path: ./nowhere does not exist; give a folder, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, package:NAME, or ",
         "flowrl:nothing": "model.path: flowrl:nothing is not an embedded language model; known: ",
         str(tmp_path): f"model.path: {tmp_path} is not a language model (no config.json); give the folder that save_pretrained wrote",
     }

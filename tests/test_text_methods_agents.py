@@ -40,7 +40,7 @@ class Letters:
     def copy(self):
         raise NotImplementedError
 '''
-AGENT = ("rewards=[episode]", "environment={name: 'places:Letters', max_turns: 3, reply: ' {observation} '}", "generation.max_new_tokens=6")
+AGENT = ("rewards=[episode]", "environment={name: 'agent_places:Letters', max_turns: 3, reply: ' {observation} '}", "generation.max_new_tokens=6")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     text_config(tmp_path)
     build_language_model(tmp_path / "model", "llama", ends=range(5, 256, 2))
-    (tmp_path / "places.py").write_text(ENVIRONMENT)
+    (tmp_path / "agent_places.py").write_text(ENVIRONMENT)
     return tmp_path
 
 

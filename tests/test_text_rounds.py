@@ -28,7 +28,7 @@ from flowrl.text.shaped import HistoryLength
 from flowrl.trainer import Trainer
 from flowrl.types import Scores
 
-VARIED = "rewards=['places:Varied']"
+VARIED = "rewards=['round_places:Varied']"
 CARRY = (VARIED, "allocation={name: dynamic, args: {carry: true, factor: 3}}")
 
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounds")
     rows = [{"prompt": text, "solution": f"it is {number} really"} for number, text in enumerate(PROMPTS)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "places.py").write_text(PLACES)
+    (folder / "round_places.py").write_text(PLACES)
     return folder
 
 
