@@ -88,7 +88,8 @@ def train_one(method: str, seed: int, runs: Path, tokens: int) -> None:
     if file.exists():
         return
     torch.set_num_threads(1)
-    settings = [f"method={method}", f"seed={seed}", f"run_dir={runs / 'none'}", "evaluation.rewards=[arithmetic]", *OVERRIDES.get(method, [])]
+    settings = [f"method={method}", f"seed={seed}", f"run_dir={runs / 'none'}", "evaluation.rewards=[arithmetic]"]
+    settings += ["training.rows_per_backward=32", *OVERRIDES.get(method, [])]  # fits a core's cache: a fifth faster, and the same but for rounding
     started = time.perf_counter()
     trainer = Trainer(load_config(CONFIG, settings))
     before = evaluate_untrained(trainer)
@@ -140,11 +141,12 @@ def table(runs: Path) -> str:
         found.setdefault(run["method"], {})[run["seed"]] = run
     order = sorted(found, key=lambda name: -statistics.fmean(_gain(run, "eval") for run in found[name].values()))
     some = next(iter(found[order[0]].values()))
+    commits = ", ".join(sorted({run["commit"][:7] for seeds in found.values() for run in seeds.values()}))
     lines = [
         "# Methods of language models, side by side",
         "",
         f"`python benchmarks/text.py --seeds 3 --tokens {some['budget']}`: the embedded model (flowrl:tiny-lm), {some['budget']:,} generated tokens",
-        f"a run, one thread of {cpu_name()}, commit {some['commit']}. Accuracy of sampled answers at temperature 1, {EVALUATED['eval']} on each",
+        f"a run, one thread of {cpu_name()}, code of {commits}. Accuracy of sampled answers at temperature 1, {EVALUATED['eval']} on each",
         "prompt set; gains are after less before, mean ± half of the 95 % interval over seeds. `against grpo` compares gains seed by seed: + or - if all",
         "seeds agree, = if they do not.",
         "Recipes are the published ones with 16 prompts of 8 answers an iteration and one learning rate for all; what else differs is said in",
