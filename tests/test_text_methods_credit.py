@@ -17,7 +17,7 @@ from flowrl.config import load_config
 from flowrl.core.bundles import Blend
 from flowrl.text.bundles import RiskCredit, blended
 from flowrl.text.credit import CREDITS
-from flowrl.text.rolled import continuation_tokens
+from flowrl.text.rollout_base import continuation_tokens
 from flowrl.text.steps import step_numbers
 from flowrl.text.trees import TreeCredit
 from flowrl.trainer import Trainer

@@ -20,7 +20,7 @@ from flowrl.core.replay import ReplayBuffer
 from flowrl.text.batch import Batch
 from flowrl.text.hints import hint_of, hinted
 from flowrl.text.samples import EXPERT, HINTED, PAST, Pick, Samples, picked
-from flowrl.text.shaped import sampled_likelihood
+from flowrl.text.shapers import sampled_likelihood
 from flowrl.trainer import Trainer
 from flowrl.types import Decisions, Prompt, Scores, UserError
 from flowrl.updates.base import Weights

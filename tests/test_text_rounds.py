@@ -24,7 +24,7 @@ from flowrl.text import lists
 from flowrl.text.gated import LpReg
 from flowrl.text.lists import WinRate
 from flowrl.text.samples import EXPERT, FRESH, HINTED, PAST
-from flowrl.text.shaped import HistoryLength
+from flowrl.text.shapers import HistoryLength
 from flowrl.trainer import Trainer
 from flowrl.types import Scores
 

@@ -32,7 +32,7 @@ from flowrl.text.metrics import Facts, answer_metrics, metrics_of_samples
 from flowrl.text.objectives import TokenObjective, make_objective
 from flowrl.text.pairs import PairObjective
 from flowrl.text.parts import Part, make_part
-from flowrl.text.rolled import Rolled
+from flowrl.text.rollout_base import Rolled
 from flowrl.text.rollouts import make_rollout
 from flowrl.text.rounds import Drawn, Rounds
 from flowrl.text.samples import sampling_tokens

@@ -14,7 +14,7 @@ from flowrl.environments import Actions, Environment, load_environment, run_epis
 from flowrl.environments.base import Step
 from flowrl.seeds import derive_seed, generator
 from flowrl.text.parts import Stateless
-from flowrl.text.rolled import Rolled
+from flowrl.text.rollout_base import Rolled
 from flowrl.text.sources import Asked
 from flowrl.types import Prompt, UserError
 

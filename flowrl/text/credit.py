@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flowrl.core.token_advantages import token_returns
 from flowrl.estimation import Estimator
-from flowrl.text.advantages import Credit, sample_advantages, summed_moments, token_rewards, whitened
 from flowrl.text.answers import Answers
 from flowrl.text.branches import BranchCredit
 from flowrl.text.bundles import ConsistencyCredit, RiskCredit
+from flowrl.text.credit_base import Credit, sample_advantages, summed_moments, token_rewards, whitened
 from flowrl.text.parts import Stateless
 from flowrl.text.segments import SegmentCredit
 from flowrl.text.soft_values import SoftValueCredit

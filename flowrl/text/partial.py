@@ -12,7 +12,7 @@ import torch
 
 from flowrl.config import Config
 from flowrl.seeds import generator
-from flowrl.text.rolled import Path, Rolled, collected, continuation_tokens
+from flowrl.text.rollout_base import Path, Rolled, collected, continuation_tokens
 from flowrl.text.sources import Asked
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flowrl.objective_names import OBJECTIVE_NAMES
-from flowrl.text.shaped import ShaperBase
+from flowrl.text.shapers import ShaperBase
 from flowrl.text.shaping import SHAPERS
 
 if TYPE_CHECKING:

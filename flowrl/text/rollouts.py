@@ -15,7 +15,7 @@ from flowrl.types import Completions, Prompt, Scores
 if TYPE_CHECKING:
     from flowrl.config import Config
     from flowrl.policies.causal_lm import CausalLmPolicy
-    from flowrl.text.rolled import Rollout
+    from flowrl.text.rollout_base import Rollout
 
 __all__ = ["make_rollout", "rollout_disagreements"]
 

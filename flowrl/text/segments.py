@@ -17,7 +17,7 @@ from flowrl.estimation import Estimator
 from flowrl.seeds import generator
 from flowrl.text.answers import Answers
 from flowrl.text.parts import Stateless
-from flowrl.text.rolled import Rolled, continuation_tokens
+from flowrl.text.rollout_base import Rolled, continuation_tokens
 from flowrl.text.sources import Asked
 from flowrl.types import Completions, Prompt, Scores
 

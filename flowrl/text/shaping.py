@@ -16,7 +16,7 @@ from flowrl.text.kl_price import KlPrice
 from flowrl.text.lists import WinRate
 from flowrl.text.parts import Part
 from flowrl.text.reference_value import ReferenceValue
-from flowrl.text.shaped import (
+from flowrl.text.shapers import (
     ConstraintGate,
     ExitDecay,
     GateProduct,

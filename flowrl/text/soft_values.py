@@ -14,9 +14,9 @@ from flowrl.config import Config
 from flowrl.core.soft_values import oreo
 from flowrl.estimation import Estimator
 from flowrl.objective_names import arguments
-from flowrl.text.advantages import sample_advantages
 from flowrl.text.answers import Answers
 from flowrl.text.batch import Batch, ObjectiveBase
+from flowrl.text.credit_base import sample_advantages
 from flowrl.text.parts import Stateless
 from flowrl.text.value import ValueHead, ValueTargets
 from flowrl.types import Objective

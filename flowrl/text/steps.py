@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flowrl.core.token_advantages import gate_steps, step_entropy, steps_to_decisions
 from flowrl.estimation import Estimator
-from flowrl.text.advantages import sample_advantages
 from flowrl.text.answers import Answers
+from flowrl.text.credit_base import sample_advantages
 from flowrl.text.parts import Stateless
 
 __all__ = ["StepGate", "step_numbers"]

@@ -15,10 +15,10 @@ from flowrl.config import Config
 from flowrl.core.token_advantages import tree_advantages
 from flowrl.estimation import Estimator
 from flowrl.seeds import generator
-from flowrl.text.advantages import whitened
 from flowrl.text.answers import Answers
+from flowrl.text.credit_base import whitened
 from flowrl.text.parts import Stateless
-from flowrl.text.rolled import Path, Rolled, collected, continuation_tokens
+from flowrl.text.rollout_base import Path, Rolled, collected, continuation_tokens
 from flowrl.text.sources import Asked
 from flowrl.text_sections import TreeConfig
 

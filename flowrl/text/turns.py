@@ -15,8 +15,8 @@ from flowrl.core.agent_credit import gigpo, merged_advantages, step_zscore, turn
 from flowrl.core.token_advantages import steps_to_decisions
 from flowrl.environments import Episodes
 from flowrl.estimation import Estimator
-from flowrl.text.advantages import sample_advantages
 from flowrl.text.answers import Answers
+from flowrl.text.credit_base import sample_advantages
 from flowrl.text.parts import Stateless
 from flowrl.types import Completions
 

@@ -17,8 +17,8 @@ from flowrl.config import Config
 from flowrl.core.token_advantages import gae, length_lambda, masked_moments, truncated_masks, value_loss
 from flowrl.estimation import Estimator
 from flowrl.seeds import generator
-from flowrl.text.advantages import sample_advantages, summed_moments, token_rewards, whitened
 from flowrl.text.answers import Answers
+from flowrl.text.credit_base import sample_advantages, summed_moments, token_rewards, whitened
 from flowrl.text.parts import Stateless
 from flowrl.text_sections import ValueConfig
 from flowrl.types import UserError
