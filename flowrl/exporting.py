@@ -22,6 +22,7 @@ import yaml
 
 from flowrl.checkpoint import find_checkpoints, load_policy
 from flowrl.config import Config, dump_config, list_methods, load_config
+from flowrl.data import load_prompts
 from flowrl.figures import write_readme_figures, write_reward_curve
 from flowrl.gallery import load_pairs
 from flowrl.policies.base import DiffusionPolicy
@@ -113,8 +114,8 @@ def export_run(
     kind = dtype or ("float32" if form == "lora" else config.model.dtype)
     asked = _Export(config, loaded, form, kind, averaged, iteration)
     with explain_full_disk(out, next_step="export again"), _whole_folder(out, force) as folder:
-        make_snippet = text_snippet if asked.is_text else loading_snippet
-        snippet = make_snippet(policy, config, form, kind, _example_prompt(loaded, asked.is_text))
+        shown = _example_prompt(loaded, asked.is_text)
+        snippet = text_snippet(policy, config, form, kind, _asked(config, shown)) if asked.is_text else loading_snippet(policy, config, form, kind, shown)
         policy.export(folder, _PARTS[form], getattr(torch, kind))
         network = "" if asked.is_text else policy.network_name
         figures, missing = _figures(run, folder, asked.is_text)
@@ -224,10 +225,10 @@ def _with_base(lines: list[str], path: str) -> list[str]:
     return [*lines, f"base = {str(known.resolve()) if known.exists() else path!r}"]
 
 
-def text_snippet(policy: CausalLmPolicy, config: Config, form: Form, dtype: str, prompt: str) -> str:
+def text_snippet(policy: CausalLmPolicy, config: Config, form: Form, dtype: str, prompt: Prompt) -> str:
     """Python lines that answer a prompt from an export in the current folder with plain transformers and peft, as the run's evaluations do."""
     g, is_lora = config.generation, form == "lora"
-    tokens, found = policy.encode([Prompt(prompt)])[0], policy.tokenizer
+    tokens, found = policy.encode([prompt])[0], policy.tokenizer
     lines = ["import torch", *(["from peft import PeftModel"] if is_lora else []), "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     source, options = "here", [f"dtype=torch.{config.model.dtype if is_lora else dtype}"]
     if is_lora:
@@ -238,11 +239,11 @@ def text_snippet(policy: CausalLmPolicy, config: Config, form: Form, dtype: str,
     lines += ["model = PeftModel.from_pretrained(model, here)"] if is_lora else []
     lines.append('model.to("cuda" if torch.cuda.is_available() else "cpu")')
     if found.chat_template is not None:
-        lines.append(f'messages = [{{"role": "user", "content": {prompt!r}}}]')
+        lines.append(f"messages = {prompt.metadata.get('messages') or [{'role': 'user', 'content': prompt.text}]!r}")
         lines.append('ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]')
     else:
-        after = len(found(prompt)["input_ids"]) - len(tokens)  # end tokens that some tokenizers put behind every text
-        lines.append(f'ids = tokenizer({prompt!r}, return_tensors="pt")["input_ids"]' + (f"[:, :-{after}]" if after else ""))
+        after = len(found(prompt.text)["input_ids"]) - len(tokens)  # end tokens that some tokenizers put behind every text
+        lines.append(f'ids = tokenizer({prompt.text!r}, return_tensors="pt")["input_ids"]' + (f"[:, :-{after}]" if after else ""))
     call = [f"max_new_tokens={g.max_new_tokens}", *([f"min_new_tokens={g.min_new_tokens}"] if g.min_new_tokens else [])]
     if config.evaluation.greedy:
         call.append("do_sample=False")
@@ -301,6 +302,18 @@ def _call(policy: DiffusionPolicy, config: Config) -> tuple[list[str], list[str]
 def _example_prompt(run: Run, is_text: bool) -> str:
     gallery, _ = load_pairs(run)
     return next((pairs[0].prompt for pairs in gallery.values() if pairs), _ANY_PROMPT[is_text])
+
+
+def _asked(config: Config, text: str) -> Prompt:
+    """The prompt as the run's evaluations ask it, with the conversation before it; the text alone where the data has moved away."""
+    for path in config.data.eval.values():
+        try:
+            prompts = load_prompts(path)
+        except UserError:
+            continue
+        if found := next((prompt for prompt in prompts if prompt.text == text), None):
+            return found
+    return Prompt(text)
 
 
 # --- the card -----------------------------------------------------------------------------------------------------------------------------------

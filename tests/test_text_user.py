@@ -17,7 +17,7 @@ from flowrl.checkpoint import load_policy
 from flowrl.checks import check_run
 from flowrl.cli import main
 from flowrl.config import list_methods, load_config
-from flowrl.exporting import export_run, text_snippet
+from flowrl.exporting import _asked, export_run, text_snippet
 from flowrl.policies.causal_lm import CausalLmPolicy
 from flowrl.policies.families import make_policy
 from flowrl.report import write_report
@@ -96,15 +96,30 @@ def test_without_a_chat_template_and_with_sampling_the_snippet_runs_too(
     config = text_config(tmp_path, f"model={{path: {folder}, adapter: full}}", "generation={top_p: 0.9, top_k: 5, min_p: 0.1, min_new_tokens: 2}")
     policy = make_policy(config.model, CPU)
     policy.export(tmp_path / "out")
-    code = text_snippet(policy, config, "network", "float32", "five")
+    code = text_snippet(policy, config, "network", "float32", Prompt("five"))
     assert "top_p=0.9, top_k=5, min_p=0.1" in code and "min_new_tokens=2" in code and "apply_chat_template" not in code
     torch.manual_seed(0)
     assert said_by(code, tmp_path / "out", monkeypatch, capsys)
 
 
+def test_a_snippet_asks_with_the_whole_conversation_as_evaluations_do(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "it's five"}]
+    rows = [{"prompt": "six"}, {"messages": said}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = text_config(tmp_path, "model={adapter: full}", f"data.eval={{gone: {tmp_path / 'gone.jsonl'}, asked: {tmp_path / 'asked.jsonl'}}}")
+    policy = make_policy(config.model, CPU)
+    assert [_asked(config, text).metadata.get("messages") for text in ("six", "it's five", "new")] == [None, said, None]
+    names: dict[str, Any] = {}
+    exec(
+        next(line for line in text_snippet(policy, config, "network", "float32", _asked(config, "it's five")).splitlines() if line.startswith("messages")),
+        names,
+    )
+    assert names["messages"] == said
+
+
 def test_a_snippet_finds_the_embedded_model_on_any_machine(tmp_path: Path) -> None:
     config = text_config(tmp_path, "model={path: 'flowrl:tiny-lm', adapter: lora}")
-    code = text_snippet(make_policy(config.model, CPU), config, "lora", "float32", "five")
+    code = text_snippet(make_policy(config.model, CPU), config, "lora", "float32", Prompt("five"))
     assert 'base = Path(flowrl.__file__).parent / "assets" / "tiny-lm"' in code
     compile(code, "card", "exec")
 
