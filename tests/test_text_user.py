@@ -109,12 +109,8 @@ def test_a_snippet_asks_with_the_whole_conversation_as_evaluations_do(tmp_path: 
     config = text_config(tmp_path, "model={adapter: full}", f"data.eval={{gone: {tmp_path / 'gone.jsonl'}, asked: {tmp_path / 'asked.jsonl'}}}")
     policy = make_policy(config.model, CPU)
     assert [_asked(config, text).metadata.get("messages") for text in ("six", "it's five", "new")] == [None, said, None]
-    names: dict[str, Any] = {}
-    exec(
-        next(line for line in text_snippet(policy, config, "network", "float32", _asked(config, "it's five")).splitlines() if line.startswith("messages")),
-        names,
-    )
-    assert names["messages"] == said
+    code = text_snippet(policy, config, "network", "float32", _asked(config, "it's five"))
+    assert f"messages = {said!r}\n" in code
 
 
 def test_a_snippet_finds_the_embedded_model_on_any_machine(tmp_path: Path) -> None:
