@@ -141,17 +141,21 @@ def table(runs: Path) -> str:
         found.setdefault(run["method"], {})[run["seed"]] = run
     order = sorted(found, key=lambda name: -statistics.fmean(_gain(run, "eval") for run in found[name].values()))
     some = next(iter(found[order[0]].values()))
+    most = max(len(seeds) for seeds in found.values())
+    short = sum(len(seeds) < most for seeds in found.values())
+    missing = ["", f"**Not complete**: {short} of {len(found)} methods have fewer than {most} seeds."] if short else []
     commits = ", ".join(sorted({run["commit"][:7] for seeds in found.values() for run in seeds.values()}))
     lines = [
         "# Methods of language models, side by side",
         "",
-        f"`python benchmarks/text.py --seeds 3 --tokens {some['budget']}`: the embedded model (flowrl:tiny-lm), {some['budget']:,} generated tokens",
+        f"`python benchmarks/text.py --seeds {most} --tokens {some['budget']}`: the embedded model (flowrl:tiny-lm), {some['budget']:,} generated tokens",
         f"a run, one thread of {cpu_name()}, code of {commits}. Accuracy of sampled answers at temperature 1, {EVALUATED['eval']} on each",
         "prompt set; gains are after less before, mean ± half of the 95 % interval over seeds. `against grpo` compares gains seed by seed: + or - if all",
         "seeds agree, = if they do not.",
         "Recipes are the published ones with 16 prompts of 8 answers an iteration and one learning rate for all; what else differs is said in",
         "`OVERRIDES` of the script. Agents (agent_flow, gigpo, igpo, salt, step_grpo) have a calculator, so they begin higher. A method far below may only",
         "want another learning rate.",
+        *missing,
         "",
         "| method | seeds | before | after | gain eval | gain unseen | against grpo | iterations | tokens through the network, millions | s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

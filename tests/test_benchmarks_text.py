@@ -43,6 +43,9 @@ def test_the_page_is_sorted_and_compares_gains_seed_by_seed(bench: ModuleType, t
     assert rows[0][1:6] == ["2", "0.250", "0.750", "0.500 ± 0.000", "0.000 ± 0.000"]
     assert next(row for row in rows if row[0] == "rloo")[4] == f"0.062 ± {12.706 * 0.0625:.3f}"
     assert "in every run: aspo. No prompt" in page and "are the least that the method needs" in page
+    assert "--seeds 2 " in page and "Not complete" not in page
+    save(tmp_path, "ppo", 2, 0.75)
+    assert "**Not complete**: 4 of 5 methods have fewer than 3 seeds." in bench.table(tmp_path)
     save(tmp_path, "ppo", 0, 0.75, wasted=3)
     assert "Above the minimum: {'ppo'}." in bench.table(tmp_path)
 
