@@ -42,7 +42,8 @@ OVERRIDES: dict[str, list[str]] = {
     # the punishment is of the length that the run allows, as the method's page says
     "dapo": [_FOUR, "shaping={overlong: {max_length: 48, cache: 10}}"],
     # published: 50, 100 and 50 iterations before the method begins; the budget is about 25
-    "vapo": [_FOUR, "value.warmup_iterations=5"],
+    # and its lambda, 1 - 1 / (alpha length), is below 0 for 19 tokens with the published alpha of 0.05
+    "vapo": [_FOUR, "value.warmup_iterations=5", "token_credit={name: gae, args: {gamma: 1.0, lam: length, alpha: 1.0, value_lam: 1.0}}"],
     "kimi_length": ["shaping=[{name: relative_length, args: {weight: 1.0, warmup: 5}}]"],
     "scaf_grpo": ["allocation.samples=[{name: hints, args: {rule: scaf, levels: 12, warmup: 5}}]"],
     # published: forks every 64 or 512 tokens, a window of 8192; an answer has about 19 here, at most 48
